@@ -1,0 +1,113 @@
+"""The decoder blocks of a model, run one at a time.
+
+Only the block being quantized has memory behind it. What a block is called with beside the hidden states (rotary embeddings, masks)
+does not depend on them, so one pass of the whole model over one sample, every block stubbed out, records it for all of them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+
+# Calibration rows run through a block at once.
+_BATCH = 8
+
+
+def find_blocks(model: PreTrainedModel) -> str:
+    """Path of the ModuleList that holds the decoder blocks: the longest one of a single class."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    if not lists:
+        raise UserError(
+            f"model_type {model.config.model_type!r} has no list of equal decoder blocks, which the block-by-block driver needs. "
+            f"Fix: quantize another architecture"
+        )
+    return max(lists, key=lambda item: len(item[1]))[0]
+
+
+class Blocks:
+    """Runs of a model's blocks on fixed calibration rows `ids` int64 [samples, seqlen]."""
+
+    def __init__(self, model: PreTrainedModel, path: str, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.list: nn.ModuleList = model.get_submodule(path)  # type: ignore[assignment]
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.as_tuple = False
+        self.hidden: list[Tensor] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Embed every row and record how each block is called. Everything outside the blocks must be loaded."""
+        self._record()
+        for rows in self.ids.split(_BATCH):
+            with self._stub(None) as seen:
+                self._forward(rows)
+            self.hidden.append(seen[0][0][0])
+
+    def _record(self) -> None:
+        try:
+            with self._stub(None) as seen:
+                self._forward(self.ids[:1])
+        except (IndexError, ValueError, RuntimeError):
+            # Blocks of this model return (hidden, ...): a bare tensor was indexed as if it were that tuple.
+            self.as_tuple = True
+            with self._stub(None) as seen:
+                self._forward(self.ids[:1])
+        if seen[-1][0][0].dim() != 3:
+            self.as_tuple = True
+            with self._stub(None) as seen:
+                self._forward(self.ids[:1])
+        if len(seen) != len(self.list):
+            raise UserError(f"{len(seen)} of {len(self.list)} blocks were called in one forward; this architecture is not supported")
+        self.calls = [(args[1:], kwargs) for args, kwargs in seen]
+
+    @contextmanager
+    def _stub(self, replacement: Tensor | None) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+        """Blocks pass their input on; the first gives `replacement` instead where there is one. Yields the calls made."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def stub(*args: Any, **kwargs: Any) -> Any:
+            if not args:
+                args = (kwargs.pop("hidden_states"),)
+            seen.append((args, kwargs))
+            hidden = replacement if replacement is not None and len(seen) == 1 else args[0]
+            return (hidden,) if self.as_tuple else hidden
+
+        for block in self.list:
+            block.__dict__["forward"] = stub
+        try:
+            yield seen
+        finally:
+            for block in self.list:
+                del block.__dict__["forward"]
+
+    def _forward(self, rows: Tensor) -> Any:
+        return self.model(input_ids=rows, use_cache=False)
+
+    @torch.no_grad()
+    def run(self, index: int, keep: bool) -> None:
+        """Run block `index` on the hidden states; with `keep` its outputs become the next block's inputs."""
+        args, kwargs = self.calls[index]
+        for i, hidden in enumerate(self.hidden):
+            out = self.list[index](hidden, *args, **kwargs)
+            if keep:
+                self.hidden[i] = out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def sample(self, index: int) -> Tensor:
+        """Output of block `index` on the first batch, for before-and-after comparisons."""
+        args, kwargs = self.calls[index]
+        out = self.list[index](self.hidden[0], *args, **kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Run what follows the last block (final norm, head) on the hidden states."""
+        for rows, hidden in zip(self.ids.split(_BATCH), self.hidden, strict=True):
+            with self._stub(hidden):
+                self._forward(rows)

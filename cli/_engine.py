@@ -1,0 +1,29 @@
+"""The flags of every command that runs an engine.
+
+What is not given is not passed on: the defaults live in `bitsmith.LLM`.
+"""
+
+import argparse
+from typing import Any
+
+FLAGS = (
+    ("--device", str, "DEV", "cpu, cuda, cuda:1; default: a GPU if there is one"),
+    ("--dtype", str, "TYPE", "of activations: float32, float16, bfloat16"),
+    ("--max-model-len", int, "N", "longest prompt plus completion; default: what the model was trained for"),
+    ("--max-num-seqs", int, "N", "sequences in one batch"),
+    ("--kv-cache-dtype", str, "TYPE", "how the KV cache is stored: auto, int8"),
+    ("--gpu-memory-utilization", float, "SHARE", "of the device's memory, for everything"),
+)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the engine's flags; `argparse.SUPPRESS` keeps those not given out of the namespace."""
+    group = parser.add_argument_group("engine")
+    for flag, kind, metavar, text in FLAGS:
+        group.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `bitsmith.LLM` among `args`."""
+    names = {flag.lstrip("-").replace("-", "_") for flag, *_ in FLAGS}
+    return {name: value for name, value in vars(args).items() if name in names}

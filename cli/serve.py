@@ -1,0 +1,125 @@
+"""`bitsmith serve PATH`: the HTTP server.
+
+The port is bound before the model is loaded, so that a port in use is told at once. SIGINT and SIGTERM stop the
+server in order: no new connections, a few seconds for the requests in flight, then those left are aborted; the exit
+code is 0.
+"""
+
+import argparse
+import errno
+import signal
+import socket
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+from . import _engine
+from ._output import note, quiet_libraries, read_text
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+# Seconds that requests in flight get to finish after a stop signal.
+GRACE = 5
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("serve", help="OpenAI-compatible HTTP server", argument_default=argparse.SUPPRESS)
+    parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--host", help="address to listen on; default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=int, help="default 8000; 0: any free port, which is printed")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="model id of the API; default: the directory's name"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="require `Authorization: Bearer KEY`")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja file that replaces the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--quantize", metavar="FMT", help="quantize at load, by rounding to nearest (see `bitsmith formats`)"
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
+    _engine.add_flags(parser)
+
+
+def with_config(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` over the flags of its --config file, which pass through the same parser."""
+    if not hasattr(args, "config"):
+        return args
+    import yaml
+
+    from .main import build_parser
+
+    try:
+        found = yaml.safe_load(read_text("--config", args.config))
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {args.config}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--config {args.config} must hold a mapping of flag names to values, such as `port: 8000`")
+    words = [word for name, value in found.items() for word in (f"--{str(name).replace('_', '-')}", str(value))]
+    try:
+        merged = build_parser(["serve"]).parse_args(["serve", args.path, *words])
+    except UserError as error:
+        raise UserError(f"--config {args.config}: {error}") from error
+    return argparse.Namespace(**vars(merged) | vars(args))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not yet listening. UserError if that is impossible."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError) as error:
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        fix = (
+            "stop the other server or choose another --port (0: any free one)" if in_use else "check --host and --port"
+        )
+        raise UserError(f"cannot listen on {host}:{port}: {error}; {fix}") from error
+    return listener
+
+
+def run_server(app: "FastAPI", listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM, then stop in order."""
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+    server = uvicorn.Server(config)
+    # uvicorn raises the signal again once it has stopped; without handlers of ours that would kill the process with
+    # the signal's status.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, server.handle_exit)
+    server.run(sockets=[listener])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and serve it."""
+    quiet_libraries()
+    args = with_config(args)
+    template = read_text("--chat-template", args.chat_template) if hasattr(args, "chat_template") else None
+    host = getattr(args, "host", "127.0.0.1")
+    with (
+        bind(host, getattr(args, "port", 8000)) as listener,
+        tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch,
+    ):
+        name = getattr(args, "served_model_name", Path(args.path).resolve().name)
+        path = args.path
+        if hasattr(args, "quantize"):
+            from ..calibrate.driver import quantize
+
+            path = str(Path(scratch) / "model")
+            quantize(args.path, path, format=args.quantize, method="rtn")
+        from ..serve.api import create_app
+        from ..serve.engine_async import AsyncEngine
+        from ..serve.llm import LLM
+
+        llm = LLM(path, **_engine.options(args))
+        app = create_app(AsyncEngine(llm.engine), name, getattr(args, "api_key", None), template)
+        shown = f"[{host}]" if ":" in host else host
+        note(f"serving {name} at http://{shown}:{listener.getsockname()[1]}/v1")
+        run_server(app, listener)

@@ -1,0 +1,175 @@
+"""Trains the story world's tokenizer and model and writes them as a Hugging Face checkpoint.
+
+A Llama of four million weights reads freshly written stories, each once, so the training loss is an unbiased estimate
+of the held-out loss. Hidden matrices are stepped by Muon (momentum made orthogonal, Jordan 2024), the embedding and the
+norms by AdamW; on this text Muon reaches a given loss in about half the steps. Forward and backward run in bfloat16.
+
+A row holds whole stories, the last one cut: a story that starts in the middle would ask what cannot be known.
+Left out: validation during training (no story is seen twice) and resuming (a run takes less than an hour).
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+import world
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCAB = 512
+# Share of the steps with long rows, and of those over which the rate falls to zero.
+LONG, COOL = 0.12, 0.5
+# A system message is the beginning of the story, a user's is the rest of the line up to the question.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['content'] | trim | replace('\\n', ' ') }}{{ ' ' if message['role'] == 'system' else '\\n' }}"
+    "{% endfor %}"
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with one token for nearly every word; <s> goes in front of a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((s.text for s in world.stories("tokenizer", 5000)), trainer)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCausalLM:
+    """Every width is a multiple of 128, so that groups of 32, 64 and 128 fit. Float32."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> Iterator[torch.Tensor]:
+    """The token blocks of a run, int64. The first story of a row follows <s>, a later one </s><s> or nothing.
+
+    The last blocks hold a quarter of the rows at four times the length: most stories fit 256 tokens, and attention
+    over the whole context of 1024 costs the CPU three times as much for the same number of tokens.
+    """
+    rng = random.Random(f"train {args.seed}")
+    for step in range(args.steps):
+        long = 4 if step >= (1 - LONG) * args.steps else 1
+        rows, length, block = args.rows // long, args.length * long, []
+        for _ in range(rows):
+            text = BOS + world.sample(rng).text
+            # A token has 3.7 characters: these are enough stories for a row.
+            while len(text) < 5 * length:
+                text += rng.choice(("", EOS + BOS)) + world.sample(rng).text
+            block.append(text)
+        ids = tokenizer(block, add_special_tokens=False)["input_ids"]
+        yield torch.tensor([row[:length] for row in ids])
+
+
+def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    return [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """An answer ends with its line, so a newline ends generation as </s> does."""
+    half = LlamaForCausalLM(model.config).half()
+    half.load_state_dict(model.state_dict())
+    stops = [tokenizer.eos_token_id, tokenizer("\n", add_special_tokens=False)["input_ids"][0]]
+    half.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
+    )
+    half.save_pretrained(out)
+    tokenizer.save_pretrained(out, save_jinja_files=False)
+    # The name that transformers 4 and 5 both know.
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    transformers.utils.logging.set_verbosity_error()
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, args.layers)
+    opts = optimizers(model, args.lr)
+    start, losses = time.time(), list[float]()
+    try:
+        for step, ids in enumerate(batches(tokenizer, args)):
+            rate = args.lr * min(1.0, (step + 1) / args.warmup, (args.steps - step) / (COOL * args.steps))
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt in opts:
+                for group in opt.param_groups:
+                    group["lr"] = rate
+                opt.step()
+                opt.zero_grad()
+            losses.append(loss.item())
+            if (step + 1) % 20 == 0:
+                seen, seconds = (step + 1) * ids.numel(), time.time() - start
+                mean = sum(losses[-20:]) / 20
+                print(
+                    f"step {step + 1} loss {mean:.4f} nats/token  {seen / 1e6:.1f} M tokens  {seconds:.0f} s",
+                    flush=True,
+                )
+            if (step + 1) % args.save_every == 0:
+                save(model, tokenizer, args.out)
+    except KeyboardInterrupt:
+        print("interrupted: writing the model as it is")
+    save(model, tokenizer, args.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--warmup", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=0)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

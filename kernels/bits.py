@@ -1,0 +1,74 @@
+"""Dense little-endian bit streams: codes of 1 to 8 bits in int32 words, any width, row by row.
+
+Code c of a row occupies bits [c*bits, (c+1)*bits) of the row's stream, word 0 first, low bit first, so a code of 3, 5, 6 or 7
+bits may straddle two words. This is the order GPTQ (along K) and compressed-tensors use, and the in-memory form of every
+family: `codes` int32 [rows, ceil(columns*bits/32)].
+"""
+
+import torch
+from torch import Tensor
+
+# Rows unpacked at a time: the int64 intermediate of a 14336-wide row stays under 64 MB.
+_ROWS = 512
+
+
+def words(columns: int, bits: int) -> int:
+    """int32 words that hold `columns` codes of `bits` bits."""
+    return -(-columns * bits // 32)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """codes integer [R, C], each in 0..2**bits-1 -> int32 [R, words(C, bits)]; unused high bits of the last word are zero."""
+    r, c = codes.shape
+    if 32 % bits == 0:
+        return _pack_aligned(codes, bits)
+    out = torch.zeros(r, words(c, bits) + 1, dtype=torch.int64, device=codes.device)
+    for lane in range(min(32, c)):
+        word, shift = divmod(lane * bits, 32)
+        value = codes[:, lane::32].to(torch.int64) << shift
+        span = out[:, word::bits][:, : value.shape[1]]
+        span |= value & 0xFFFFFFFF
+        if shift + bits > 32:
+            out[:, word + 1 :: bits][:, : value.shape[1]] |= value >> 32
+    return out[:, : words(c, bits)].to(torch.int32)
+
+
+def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
+    """Widths that divide a byte: build bytes, then reinterpret four of them as a word."""
+    r, c = codes.shape
+    per_byte = 8 // bits
+    padded = torch.zeros(r, words(c, bits) * 4 * per_byte, dtype=torch.uint8, device=codes.device)
+    padded[:, :c] = codes
+    lanes = padded.view(r, -1, per_byte)
+    packed = lanes[..., 0].clone()
+    for i in range(1, per_byte):
+        packed |= lanes[..., i] << (i * bits)
+    return packed.view(torch.int32)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """int32 [R, words(columns, bits)] -> uint8 [R, columns]: the inverse of `pack`."""
+    if 32 % bits == 0:
+        lanes = packed.contiguous().view(torch.uint8)
+        if bits < 8:
+            mask = (1 << bits) - 1
+            lanes = torch.stack([(lanes >> (i * bits)) & mask for i in range(8 // bits)], -1).flatten(1)
+        return lanes[:, :columns]
+    out = torch.empty(packed.shape[0], columns, dtype=torch.uint8, device=packed.device)
+    for start in range(0, packed.shape[0], _ROWS):
+        out[start : start + _ROWS] = _unpack_stream(packed[start : start + _ROWS], bits, columns)
+    return out
+
+
+def _unpack_stream(packed: Tensor, bits: int, columns: int) -> Tensor:
+    groups = -(-columns // 32)
+    stream = torch.zeros(packed.shape[0], groups * bits + 1, dtype=torch.int64, device=packed.device)
+    stream[:, : packed.shape[1]] = packed.to(torch.int64) & 0xFFFFFFFF
+    lanes = []
+    for lane in range(32):
+        word, shift = divmod(lane * bits, 32)
+        value = stream[:, word : word + (groups - 1) * bits + 1 : bits] >> shift
+        if shift + bits > 32:
+            value = value | (stream[:, word + 1 : word + 2 + (groups - 1) * bits : bits] << (32 - shift))
+        lanes.append((value & ((1 << bits) - 1)).to(torch.uint8))
+    return torch.stack(lanes, -1).flatten(1)[:, :columns]

@@ -1,0 +1,100 @@
+"""Codebook family: weight = table[code] * scale. NF4 and FP4 of bitsandbytes land here; vector codebooks later.
+
+Rounding contract: table entry in float32, multiply by the float32 (effective) scale. The table travels with the tensor, so a
+checkpoint's own values win over the constants below.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .affine import stored
+from .families import Family, scale_dtype
+from .grid import Params, blocks, search
+from .spec import Spec
+
+# QLoRA (arXiv 2305.14314) appendix E: quantiles of N(0, 1), each half holding zero, scaled to [-1, 1].
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+# E2M1 with bitsandbytes' own order and values; bit 3 is the sign.
+_FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+VALUES = {"nf4": NF4, "fp4": _FP4_HALF + tuple(-v for v in _FP4_HALF)}
+
+
+def table(spec: Spec) -> Tensor:
+    """float32 [2**bits] of a named table."""
+    return torch.tensor(VALUES[spec.table], dtype=torch.float32)
+
+
+def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    return parts["table"][codes.int()]
+
+
+def scale(values: Tensor, scales: Tensor, zero: Tensor | None) -> Tensor:
+    return values * scales
+
+
+def fixed_zero(spec: Spec) -> float | None:
+    return None
+
+
+class CodebookGrid:
+    """Scale = absmax of the group over the largest entry; a number takes the nearest entry."""
+
+    def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
+        entries = table(spec).to(w.device)
+        absmax = blocks(w.abs(), spec)[0].amax(-1) / entries.abs().max()
+
+        def propose(shrink: float) -> Params:
+            if spec.two_level:
+                return Params(absmax * shrink, parts={"table": entries})
+            return Params(stored(spec, absmax * shrink), parts={"table": entries})
+
+        found = search(w, spec, weight, propose, self)
+        return _two_level(found, spec) if spec.two_level else found
+
+    def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
+        entries, order = params.parts["table"].sort()
+        place = torch.bucketize(w / params.scale, (entries[1:] + entries[:-1]) / 2)
+        return order[place].to(torch.uint8), entries[place] * params.scale
+
+    def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:
+        found = dict(params.parts)
+        if "scales" not in found:
+            found["scales"] = params.scale.to(scale_dtype(spec.scale))
+        return found
+
+
+def dynamic_map() -> Tensor:
+    """float32 [256]: bitsandbytes' signed dynamic 8-bit map (arXiv 2110.02861): decades 1e-6..1, the number of linear fraction
+    bits growing with the decade, plus 0 and 1; ascending."""
+    entries = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, (1 << decade) + 1)
+        means = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
+        entries += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(entries))
+
+
+def _two_level(found: Params, spec: Spec) -> Params:
+    """Quantize the block scales as bitsandbytes' double quantization does: subtract their mean, absmax per super block, 8-bit map."""
+    level = spec.two_level
+    assert level is not None
+    offset = found.scale.mean()
+    flat = (found.scale - offset).reshape(-1)
+    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % level[1])).view(-1, level[1])
+    super_scales = padded.abs().amax(1).clamp(min=1e-12)
+    entries = dynamic_map().to(flat.device)
+    place = torch.bucketize(padded / super_scales[:, None], (entries[1:] + entries[:-1]) / 2)
+    effective = (entries[place] * super_scales[:, None]).reshape(-1)[: flat.numel()].view_as(found.scale) + offset
+    codes = place.reshape(-1)[: flat.numel()].view_as(found.scale).to(torch.uint8)
+    extra = {"scales": codes, "super_scales": super_scales, "scale_table": entries, "scale_offset": offset}
+    return Params(effective, parts={**found.parts, **extra})
+
+
+FAMILY = Family("codebook", value, scale, fixed_zero, CodebookGrid(), tile=32, min_capability=60)

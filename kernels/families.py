@@ -1,0 +1,102 @@
+"""Family: the grammar a dialect is read into, and the registry of the four.
+
+A weight is decoded in three steps that mean the same in every family and on every device:
+
+    unpack  words -> codes          value  code -> number          scale  number -> weight (group metadata)
+
+The functions here are the torch twins: the oracle of every fast path. The rounding contract is float32 throughout, in the order
+written in each family file, so that a device kernel that follows it agrees bit for bit. `grid` is the offline half (kernels/grid.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from . import bits
+from .grid import Grid
+from .spec import Spec
+
+_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runtime half of a family. All tensors on the device of the parts."""
+
+    name: str
+    # (spec, codes uint8 [R, C], parts) -> float32 [R, C]
+    value: Callable[[Spec, Tensor, Mapping[str, Tensor]], Tensor]
+    # (spec, values float32 [R, C], scale [R, C], zero [R, C] or None) -> float32 [R, C]
+    scale: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    # (spec) -> zero point that is not stored, or None
+    fixed_zero: Callable[[Spec], float | None]
+    grid: Grid
+    # Inputs a device tile must be a multiple of.
+    tile: int
+    # CUDA capability below which the device templates do not run (10 * major + minor).
+    min_capability: int
+
+    def decode(self, spec: Spec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """parts -> float32 [R, C], `shape` being that of the grouped matrix."""
+        codes = bits.unpack(parts["codes"], spec.bits, shape[1])
+        scale = spread(scales(spec, parts), spec, shape)
+        zero = spread(parts["zeros"].float(), spec, shape) if "zeros" in parts else None
+        return self.scale(self.value(spec, codes, parts), scale, zero if zero is not None else self._fixed(spec, scale))
+
+    def _fixed(self, spec: Spec, like: Tensor) -> Tensor | None:
+        zero = self.fixed_zero(spec)
+        return None if zero is None else torch.tensor(zero, device=like.device)
+
+
+@cache
+def family_by_name(name: str) -> Family:
+    found: Family = import_module(f".{name}", __package__).FAMILY
+    return found
+
+
+def family(spec: Spec) -> Family:
+    """The family of a spec; modules are imported on first use. A family's file name is its registry key."""
+    return family_by_name(spec.family)
+
+
+def scale_dtype(name: str) -> torch.dtype:
+    """torch dtype of a one-level scale storage name (e8m0 is held as its biased exponent byte)."""
+    return _DTYPES.get(name, torch.uint8)
+
+
+def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
+    """Effective scales, float32 [R', G].
+
+    One level: the stored value (e8m0: 2**(byte-127)). Two levels: code (through `scale_table` if there is one) times the super
+    scale of its block of consecutive scales in row-major order, plus `scale_offset` if there is one.
+    """
+    stored = parts["scales"]
+    if spec.scale == "e8m0":
+        return torch.exp2(stored.float() - 127)
+    level = spec.two_level
+    if level is None:
+        return stored.float()
+    code = parts["scale_table"][stored.long()] if "scale_table" in parts else stored.float()
+    repeat = parts["super_scales"].float().repeat_interleave(level[1])[: code.numel()].view_as(code)
+    effective = code * repeat
+    return effective + parts["scale_offset"] if "scale_offset" in parts else effective
+
+
+def scale_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:
+    """[R', G] of the scales of a grouped matrix of `shape`."""
+    rows = shape[0] if spec.rows == -1 else spec.rows
+    group = shape[1] if spec.group == -1 else spec.group
+    return -(-shape[0] // rows), -(-shape[1] // group)
+
+
+def spread(per_group: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
+    """[R', G] -> [R, C] (or a broadcastable [R, 1] / [1, 1] where a whole row or tensor shares the value)."""
+    if spec.rows > 1:
+        per_group = per_group.repeat_interleave(spec.rows, 0)[: shape[0]]
+    if spec.group in (-1, shape[1]):
+        return per_group
+    return per_group.repeat_interleave(spec.group, 1)[:, : shape[1]]

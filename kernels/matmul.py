@@ -1,0 +1,95 @@
+# mypy: allow-untyped-defs
+"""y [M, N] = x [M, K] @ W [K, N], W decoded tile by tile. One body, every family.
+
+  x     float16 | bfloat16 | float32 [M, K], row-major, contiguous
+  parts tuple of pointers (tiles.Parts), meaning known only to TRIPLE (tiles.Triple)
+  y     [S, M, N] for S = the grid's split of K: the result itself where S = 1, else float32 partial sums for `split_sum`
+  SPEC  bitsmith.kernels.spec.Spec with `view`, `pre` and `act` empty
+
+M, N and K are masked, so any positive size runs; BK is a multiple of 32, and group may divide BK, be a multiple of it, or neither.
+Decoding is float32 in the order the family's torch twin states. `gemm` rounds the tile once to x's dtype for the dot, `gemv` keeps it
+in float32; both accumulate in float32, and the order of the sum depends only on shapes and tile sizes: no atomics, so a run repeats
+bit for bit. `dequant` writes what the twin writes. Left out: grouped (experts), native low-precision dots, autotuning.
+"""
+
+from .lang import jit, tl
+
+
+@jit
+def decode(parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr, TRIPLE: tl.constexpr):
+    """float32 [BK, BN]: each word loaded once, each scale once per group."""
+    codes = TRIPLE[0](parts, k0, rn, N, K, BK, SPEC)
+    return TRIPLE[2](TRIPLE[1](codes, parts, SPEC), parts, k0, rn, N, K, BK, SPEC)
+
+
+@jit
+def _share(K, BK: tl.constexpr, axis: tl.constexpr):
+    """First and past-the-last tile of K for this program's share of the split along grid `axis`."""
+    steps = tl.cdiv(K, BK)
+    share = tl.cdiv(steps, tl.num_programs(axis))
+    first = tl.program_id(axis) * share
+    return first, tl.minimum(first + share, steps)
+
+
+@jit
+def gemv(
+    x, parts, y, M, N, K,
+    SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Few rows, M <= BM: no dot, so no tensor core and no padding to 16 rows. Grid (ceil(N / BN), S).
+
+    Products stay spread over the tile until the end: one reduction per program instead of one per step.
+    """
+    rm = tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    first, last = _share(K, BK, 1)
+    acc = tl.zeros((BM, BK, BN), tl.float32)
+    for step in range(first, last):
+        rk = step * BK + tl.arange(0, BK)
+        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0)
+        w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
+        acc = tl.fma(tl.broadcast_to(a.to(tl.float32)[:, :, None], (BM, BK, BN)), tl.broadcast_to(w[None], (BM, BK, BN)), acc)
+    out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
+    tl.store(out, tl.sum(acc, 1).to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+@jit
+def gemm(
+    x, parts, y, M, N, K,
+    SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Decode a tile, then `tl.dot`. Grid (ceil(N / BN), S, ceil(M / BM)); float32 inputs are multiplied as float32, not TF32."""
+    rm = tl.program_id(2) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    first, last = _share(K, BK, 1)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(first, last):
+        rk = step * BK + tl.arange(0, BK)
+        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0)
+        w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
+        acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+    out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+@jit
+def split_sum(partial, y, S, SIZE, BLOCK: tl.constexpr):
+    """y [SIZE] = sum over S of partial float32 [S, SIZE], in the order of the split. Grid (ceil(SIZE / BLOCK),)."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(S):
+        total += tl.load(partial + s * SIZE + at, mask=at < SIZE, other=0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < SIZE)
+
+
+@jit
+def dequant(
+    parts, y, N, K, SPEC: tl.constexpr, TRIPLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """y [N, K] (the orientation of nn.Linear) = W transposed, rounded once to y's dtype. Grid (ceil(N / BN), ceil(K / BK))."""
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    rk = tl.program_id(1) * BK + tl.arange(0, BK)
+    w = decode(parts, tl.program_id(1) * BK, rn, N, K, BK, SPEC, TRIPLE)
+    # int64: an embedding of 256k x 8192 has 2**31 elements.
+    out = y + rn[:, None].to(tl.int64) * K + rk[None, :]
+    tl.store(out, tl.trans(w).to(y.dtype.element_ty), mask=(rn < N)[:, None] & (rk < K)[None, :])

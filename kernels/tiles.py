@@ -1,0 +1,148 @@
+# mypy: allow-untyped-defs
+"""Device code all families share: words of a tile -> codes, and group metadata -> the numbers of a tile.
+
+A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a `Parts`, absent ones None:
+
+    codes   int32 [bits * ceil(K / 32), N]: bit planes of 8, 4, 2 or 1 bits, widest (= lowest bits) first, ceil(K / 32) * width rows
+            each. Row j of a plane holds its bits of inputs j * 32 / width ..., low bits first. A power-of-two width is one plane;
+            3 is 2 + 1, 5 is 4 + 1, 6 is 4 + 2, 7 is 4 + 2 + 1. So no code straddles a word, every tile is whole words whatever the
+            width, and each word is loaded once. A dense bit stream of 3 or 7 bits has tiles of 3 or 7 words per 32 codes, and
+            Triton's tensors are powers of two.
+    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; table float32 [2**bits]
+    super_scales, scale_table, scale_offset   second level of the scales, indexed by the row-major order of the original [R', G]
+
+K and N are masked: words, scales and zero points beyond them read as 0, and whoever multiplies masks its input.
+"""
+
+from typing import Any, NamedTuple
+
+from .lang import jit, tl
+
+
+class Parts(NamedTuple):
+    """The pointers of one weight. A kernel argument: None is known when the kernel is compiled."""
+
+    codes: Any
+    scales: Any
+    zeros: Any = None
+    table: Any = None
+    super_scales: Any = None
+    scale_table: Any = None
+    scale_offset: Any = None
+
+
+class Triple(NamedTuple):
+    """Device functions of one family. Device code indexes it: `.value` of a constexpr is the constexpr's own.
+
+    unpack(parts, k0, rn, N, K, BK, SPEC) -> codes int32 [BK, BN]
+    value(codes, parts, SPEC) -> float32 [BK, BN]
+    scale(values, parts, k0, rn, N, K, BK, SPEC) -> float32 [BK, BN]
+    """
+
+    unpack: Any
+    value: Any
+    scale: Any
+
+    @property
+    def cache_key(self) -> str:
+        """Source digest. Triton prints a constexpr tuple into its disk cache key, and a function prints as its name: without this
+        an edited decode would run as its old self."""
+        return "-".join(fn.cache_key for fn in self)
+
+
+def widths(bits: int) -> list[int]:
+    """Widths of the planes of a code, lowest bits first."""
+    return [w for w in (8, 4, 2, 1) if bits & w]
+
+
+@jit
+def unpack(parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr):
+    """Codes int32 [BK, BN] of inputs k0 .. k0 + BK - 1 and outputs rn; k0 a multiple of 32."""
+    codes = tl.zeros((BK, rn.shape[0]), tl.int32)
+    for bit in tl.static_range(4):
+        if SPEC.bits & (8 >> bit):
+            codes |= _plane(parts.codes, k0, rn, N, K, BK, SPEC.bits, 8 >> bit)
+    return codes
+
+
+@jit
+def _plane(planes, k0, rn, N, K, BK: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """The plane of WIDTH bits, in its place in the code."""
+    LANES: tl.constexpr = 32 // WIDTH
+    # Bits of the planes before this one: the wider ones.
+    BELOW: tl.constexpr = BITS & ~(2 * WIDTH - 1)
+    rows = k0 // LANES + tl.arange(0, BK // LANES)
+    inside = (rows < tl.cdiv(K, 32) * WIDTH)[:, None] & (rn < N)[None, :]
+    rows += BELOW * tl.cdiv(K, 32)
+    words = tl.load(planes + rows[:, None] * N + rn[None, :], mask=inside, other=0)
+    shifts = tl.arange(0, LANES) * WIDTH
+    codes = ((words[:, None, :] >> shifts[None, :, None]) & ((1 << WIDTH) - 1)).reshape(BK, rn.shape[0])
+    return codes << BELOW
+
+
+@jit
+def groups(k0, BK: tl.constexpr, SPEC: tl.constexpr):
+    """Indices [GT] of the groups a tile reads: one, BK / group, or (where neither divides the other) one per input."""
+    if SPEC.group == -1:
+        return tl.arange(0, 1)
+    elif SPEC.group % BK == 0:
+        return k0 // SPEC.group + tl.arange(0, 1)
+    elif BK % SPEC.group == 0:
+        return k0 // SPEC.group + tl.arange(0, BK // SPEC.group)
+    else:
+        return (k0 + tl.arange(0, BK)) // SPEC.group
+
+
+@jit
+def _count(K, SPEC: tl.constexpr):
+    if SPEC.group == -1:
+        return 1
+    else:
+        return tl.cdiv(K, SPEC.group)
+
+
+@jit
+def metadata(pointer, g, rn, N, K, SPEC: tl.constexpr):
+    """[GT, BN] of a [G, R'] array, in its own dtype."""
+    if SPEC.rows == -1:
+        width = 1
+        columns = rn * 0
+    else:
+        width = tl.cdiv(N, SPEC.rows)
+        columns = rn // SPEC.rows
+    inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
+    return tl.load(pointer + g[:, None] * width + columns[None, :], mask=inside, other=0)
+
+
+@jit
+def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
+    """Effective scales float32 [GT, BN], in the steps of `families.scales`."""
+    stored = metadata(parts.scales, g, rn, N, K, SPEC)
+    if SPEC.scale == "e8m0":
+        # 2**(byte - 127) as float32 bits; byte 0 is the subnormal 2**-127.
+        byte = stored.to(tl.int32)
+        return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
+    elif parts.super_scales is None:
+        return stored.to(tl.float32)
+    else:
+        if parts.scale_table is None:
+            code = stored.to(tl.float32)
+        else:
+            code = tl.load(parts.scale_table + stored.to(tl.int32))
+        inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
+        place = (rn // SPEC.rows if SPEC.rows != -1 else rn * 0)[None, :] * _count(K, SPEC) + g[:, None]
+        effective = code * tl.load(parts.super_scales + place // SPEC.two_level[1], mask=inside, other=0).to(tl.float32)
+        if parts.scale_offset is not None:
+            effective += tl.load(parts.scale_offset).to(tl.float32)
+        return effective
+
+
+@jit
+def expand(per_group, BK: tl.constexpr):
+    """[GT, BN] -> [BK, BN], or as it is where one row serves the whole tile."""
+    GT: tl.constexpr = per_group.shape[0]
+    BN: tl.constexpr = per_group.shape[1]
+    if GT == 1 or GT == BK:
+        return per_group
+    else:
+        return tl.broadcast_to(per_group[:, None, :], (GT, BK // GT, BN)).reshape(BK, BN)

@@ -1,0 +1,168 @@
+"""The hook that turns a transformers model into a paged one: attention reads and writes the engine's KV cache.
+
+`make_paged(model, max_model_len)` is all a caller needs: it refuses what cannot work, switches the attention
+implementation, freezes rotary embeddings whose frequencies would depend on the other sequences of a batch, and runs
+one warm-up forward that must call the attention function exactly once per layer. A model that ignores the interface
+(bloom) would otherwise produce garbage in silence.
+
+No mask function is registered under our name, so transformers builds no mask at all; causality, sliding windows, soft
+caps and sinks are honoured here, and a keyword argument that is neither known nor neutral is an error. Left out:
+models with chunked attention (llama4), recurrent state (mamba and hybrids) or attention of their own (falcon, bloom,
+mpt, gptj). Each needs code of its own; all are refused.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ..errors import UserError
+from ..kernels.attention import KVShape, paged_attention
+from .batch import WarmUp, current_step, running
+
+ATTENTION = "bitsmith_paged"
+
+# Arguments that say nothing the batch does not know: positions are already in the keys, nothing here caches or trains.
+_IRRELEVANT = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal"})
+
+
+def paged_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: query `[1, H, T, D]`, key and value `[1, Hkv, T, D or Dv]` -> `[1, T, H, Dv]`.
+
+    Raises UserError on an argument whose effect would be lost.
+    """
+    _refuse_unknown(module, {"attention_mask": attention_mask, **kwargs})
+    step = current_step()
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if isinstance(step, WarmUp):
+        step.calls.append((layer, KVShape(key.shape[1], key.shape[3], value.shape[3])))
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    batch = step.batch
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    step.cache.store(layer, k, v, batch.slots)
+    cache_k, cache_v = step.cache.parts(layer)
+    out = paged_attention(
+        q,
+        cache_k,
+        cache_v,
+        cu_q=batch.cu_q,
+        context_len=batch.context_len,
+        block_table=batch.block_table,
+        num_decode=batch.num_decode,
+        block_size=step.cache.block_size,
+        decode=step.cache.decode,
+        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        memo=step.memo,
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(ATTENTION, paged_forward)
+
+
+def _refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if name in _IRRELEVANT or value is None or (isinstance(value, bool | int | float) and not value):
+            continue
+        raise UserError(
+            f"{type(module).__name__} passes {name}={_short(value)} to its attention function, which paged attention "
+            f"does not implement; serve another model, or teach bitsmith.models.attention what {name} means"
+        )
+
+
+def _short(value: object) -> str:
+    return f"<tensor {list(value.shape)}>" if isinstance(value, Tensor) else repr(value)
+
+
+def make_paged(model: PreTrainedModel, max_model_len: int) -> dict[int, KVShape]:
+    """Prepare `model` in place for paged steps of sequences up to `max_model_len` tokens -> what each layer caches.
+
+    UserError names the model_type and the reason where this model cannot be served.
+    """
+    check_supported(model)
+    # transformers validates the name against its interface and passes it to every sub-config.
+    model.set_attn_implementation(ATTENTION)
+    model.eval()
+    freeze_rope(model, max_model_len)
+    return warm_up(model)
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Refuse, by what breaks, models whose attention or state the hook would miss without any error."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        reason = f"it has layers of type {', '.join(sorted(kinds))}"
+    elif getattr(model, "_is_stateful", False):
+        reason = "its layers keep a recurrent state"
+    elif not model._can_set_attn_implementation():
+        reason = "its attention does not go through transformers' AttentionInterface"
+    else:
+        return
+    raise UserError(
+        f"model_type {config.model_type!r} cannot be served: {reason}. Served are models whose every layer is full or "
+        "sliding-window attention through AttentionInterface; use a plain forward (load_model, eval) for this one"
+    )
+
+
+def freeze_rope(model: nn.Module, max_model_len: int) -> None:
+    """Fix the frequencies of `longrope` and `dynamic` rotary embeddings to those of `max_model_len` tokens.
+
+    transformers chooses them in each forward from the largest position of the whole batch, so one long request would
+    change the others, and keys already cached would no longer fit. Naming the type "default" afterwards keeps that
+    update from running.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            for layer_type in [name for name, kind in kinds.items() if kind in ("longrope", "dynamic")]:
+                _freeze(module, kinds[layer_type], max_model_len, f"{layer_type}_", {"layer_type": layer_type})
+                kinds[layer_type] = "default"
+        elif kinds in ("longrope", "dynamic"):
+            _freeze(module, kinds, max_model_len, "", {})
+            module.rope_type = "default"  # type: ignore[assignment]
+
+
+def _freeze(module: nn.Module, kind: str, max_model_len: int, prefix: str, kwargs: dict[str, str]) -> None:
+    buffer = getattr(module, f"{prefix}inv_freq")
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, buffer.device, seq_len=max_model_len, **kwargs)
+    buffer.copy_(inv_freq)
+    setattr(module, f"{prefix}attention_scaling", scaling)
+
+
+@torch.inference_mode()
+def warm_up(model: PreTrainedModel) -> dict[int, KVShape]:
+    """One forward of two tokens -> KVShape per layer index.
+
+    UserError unless attention was called once for each layer.
+    """
+    config = model.config.get_text_config()
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    record = WarmUp()
+    with running(record):
+        model(input_ids=ids, position_ids=torch.arange(2, device=ids.device).unsqueeze(0), use_cache=False)
+    calls = Counter(layer for layer, _ in record.calls)
+    if calls != Counter(range(config.num_hidden_layers)):
+        raise UserError(
+            f"model_type {config.model_type!r} cannot be served: of its {config.num_hidden_layers} layers "
+            f"{len(calls)} called the paged attention function ({sum(calls.values())} calls in one forward, one per "
+            "layer expected), so attention would not see the KV cache; use a plain forward (load_model, eval) for it"
+        )
+    return dict(sorted(record.calls))

@@ -1,0 +1,182 @@
+"""Checkpoint: one model directory (or hub id), quantized or not, read tensor by tensor.
+
+Everything above sees *weights*: `X.weight` is listed once whether the file holds X.weight, X.qweight + X.scales or X.W_q, and is
+given as a QTensor or dequantized. Files are memory-mapped safetensors; HQQ's own qmodel.pt is opened with the restricted
+unpickler (weights_only), any other pickle is refused.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserError
+from ..kernels.qtensor import QTensor
+from ..quant_formats import base
+
+_NATIVE_HQQ = "qmodel.pt"
+
+
+def resolve(path: str | Path) -> Path:
+    """A local model directory for PATH: itself, or the snapshot of a hub id. UserError where there is neither."""
+    local = Path(path)
+    if local.is_dir():
+        return local
+    if local.is_file():
+        raise UserError(
+            f"{path} is a file; bitsmith reads a model directory (config.json and *.safetensors) or a hub id. "
+            f"Fix: give the directory that holds it"
+        )
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise UserError(f"{path} does not exist. Fix: check the path; it must be a model directory or a hub id such as org/name")
+    return _download(str(path))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{hub_id} is no local directory and could not be fetched from the hub ({type(error).__name__}). "
+            f"Fix: check the name and the network, or download it and give the directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError naming the file where it is missing, unreadable or something else."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Fix: give a complete model directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}). Fix: fetch the file again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, expected a JSON object. Fix: fetch the file again")
+    return found
+
+
+class Checkpoint:
+    """Tensors of one model directory.
+
+    `name in ckpt` and `ckpt(name)` serve the files' own tensors (the `Reader` a dialect's `load` takes); `weights()`,
+    `quantized()`, `qtensor()` and `dense()` serve weights.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = resolve(path)
+        self.config = read_json(self.path / "config.json")
+        self._native: dict[str, Tensor] | None = None
+        if (self.path / _NATIVE_HQQ).exists():
+            self._open_native()
+        found = base.detect(self.config, str(self.path / "config.json"))
+        self.format, self.recipe = found if found else (None, None)
+
+    def _open_native(self) -> None:
+        from ..quant_formats import hqq
+
+        file = self.path / _NATIVE_HQQ
+        try:
+            modules = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, EOFError, OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}). Fix: fetch the file again") from error
+        quantization, self._native = hqq.native_to_tensors(modules)
+        self.config = {**self.config, "quantization_config": quantization}
+
+    @cached_property
+    def _where(self) -> dict[str, Path]:
+        """Tensor name -> file."""
+        index = self.path / "model.safetensors.index.json"
+        if index.exists():
+            return {name: self.path / file for name, file in read_json(index).get("weight_map", {}).items()}
+        whole = self.path / "model.safetensors"
+        files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise UserError(self._no_weights())
+        return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+    def _no_weights(self) -> str:
+        pickles = sorted(p.name for p in self.path.glob("*.bin"))
+        if pickles:
+            return (
+                f"{self.path} holds {pickles[0]}, a pickle, which can run code when opened and is not read. "
+                f"Fix: convert it to safetensors (transformers: model.save_pretrained)"
+            )
+        return f"{self.path} holds no *.safetensors file. Fix: give a directory with the model's weights"
+
+    def _open(self, file: Path) -> Any:
+        handles: dict[Path, Any] = self.__dict__.setdefault("_handles", {})
+        if file not in handles:
+            try:
+                handles[file] = safe_open(file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{file} cannot be read as safetensors ({error}): missing, truncated or damaged. Fix: fetch the file again"
+                ) from error
+        return handles[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in (self._where if self._native is None else self._native)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where if self._native is None else self._native)
+
+    def __call__(self, name: str) -> Tensor:
+        """A tensor of the files, as stored. UserError naming it where it is missing."""
+        if name not in self:
+            raise UserError(f"tensor {name} is missing from {self.path}. Fix: fetch the checkpoint again")
+        if self._native is not None:
+            return self._native[name]
+        file = self._where[name]
+        try:
+            tensor: Tensor = self._open(file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"tensor {name} cannot be read from {file} ({error}). Fix: fetch the file again") from error
+        return tensor
+
+    @cached_property
+    def quantized_modules(self) -> frozenset[str]:
+        """Paths of the modules whose weight is quantized: those that carry the dialect's mark and the recipe does not skip."""
+        if self.format is None or self.recipe is None:
+            return frozenset()
+        mark = "." + self.format.MARK
+        marked = (name.removesuffix(mark) for name in self if name.endswith(mark))
+        return frozenset(m for m in marked if self.recipe.spec(m) is not None)
+
+    @cached_property
+    def weights(self) -> dict[str, bool]:
+        """Name of every weight (`X.weight` for a quantized module) -> whether it is quantized."""
+        found: dict[str, bool] = {}
+        for name in self:
+            module = self._owner(name)
+            found[f"{module}.weight" if module else name] = module is not None
+        return found
+
+    def _owner(self, name: str) -> str | None:
+        """The quantized module a tensor belongs to, or None."""
+        if self.format is None:
+            return None
+        for suffix in self.format.SUFFIXES:
+            module = name.removesuffix("." + suffix)
+            if module != name and module in self.quantized_modules:
+                return module
+        return None
+
+    def qtensor(self, weight: str, shape: tuple[int, int]) -> QTensor:
+        """The quantized weight named `X.weight`, of `shape` (out_features, in_features)."""
+        assert self.format is not None and self.recipe is not None
+        return self.format.load(self, weight.removesuffix(".weight"), shape, self.recipe)
+
+    def dense(self, weight: str, shape: tuple[int, int] | None = None) -> Tensor:
+        """A weight as plain numbers; dequantized in float32 where it is quantized (then `shape` is needed)."""
+        if not self.weights.get(weight, False):
+            return self(weight)
+        assert shape is not None
+        return self.qtensor(weight, shape).dequantize()

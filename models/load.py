@@ -1,0 +1,275 @@
+"""Load any checkpoint, quantized or not, into transformers' own modelling code.
+
+The model is built on the meta device (no memory), its non-persistent buffers are computed, then each weight is read, placed
+(models/names.py) and either assigned or turned into a quantized module. Whatever is left without a weight is an error: a model is
+never returned with random numbers in it.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from ..errors import UserError
+from ..kernels.dispatch import prepare
+from ..kernels.qtensor import concat
+from .checkpoint import Checkpoint, resolve
+from .linear import EXPERTS, QuantLinear, fuse_siblings, is_experts, set_expert_weight
+from .names import Placement, placements
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    *,
+    exact: bool = False,
+    act: str = "",
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """A transformers model in eval mode whose quantized weights stay quantized; `model(input_ids).logits` works.
+
+    `dtype` is that of activations and unquantized weights; None takes float32 on the CPU (where logits then equal the producing
+    library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference path: every weight is
+    dequantized in float32 and rounded once to `dtype`. `act="a8"` asks for int8 activations where a weight has one scale a row.
+
+    Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete.
+    """
+    ckpt = Checkpoint(path)
+    device = torch.device(device)
+    wanted = pick_dtype(ckpt, device, dtype)
+    model = build(ckpt, wanted, attn_implementation)
+    loader = _Loader(model, ckpt, device, wanted, exact, act)
+    loader.fill()
+    if not exact:
+        fuse_siblings(model, wanted)
+    model.eval()
+    return model
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer. UserError naming what is missing where it has none."""
+    directory = resolve(path)
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise UserError(f"{directory} holds no tokenizer.json. Fix: copy the tokenizer files of the model it was made from into it")
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype asked for; else float32 on the CPU, the checkpoint's on a GPU (float16 for bfloat16 where the GPU has none)."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in (None, "auto"):
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype {dtype!r} is not known; accepted: {', '.join(_DTYPES)}, auto")
+        return _DTYPES[dtype]
+    if device.type == "cpu":
+        return torch.float32
+    found = _DTYPES.get(str(ckpt.config.get("dtype", ckpt.config.get("torch_dtype"))), torch.float16)
+    if found is torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
+        _LOG.warning("this GPU has no bfloat16: the model runs in float16 with float32 accumulation")
+        return torch.float16
+    return found
+
+
+def model_config(ckpt: Checkpoint) -> PretrainedConfig:
+    """The transformers config without its quantization_config, which is ours to read."""
+    try:
+        config = AutoConfig.from_pretrained(ckpt.path)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{ckpt.path / 'config.json'}: transformers cannot build this model ({error})") from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...) computed."""
+    config = model_config(ckpt)
+    with torch.device("meta"):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{ckpt.path / 'config.json'}: model_type {config.model_type!r} is no causal language model of transformers ({error})"
+            ) from error
+    _compute_buffers(model)
+    if (ckpt.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(ckpt.path)
+    return model
+
+
+@torch.no_grad()
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Must run before weights are loaded: `_init_weights` would overwrite them (seen with gemma's embeddings)."""
+    owners: dict[str, nn.Module] = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        owners[parent] = model.get_submodule(parent)
+        # Some buffers are filled by the enclosing model's branch of _init_weights (falcon_h1's mup_vector).
+        while parent:
+            parent = parent.rpartition(".")[0]
+            module = model.get_submodule(parent)
+            if isinstance(module, PreTrainedModel):
+                owners.setdefault(parent, module)
+    for module in owners.values():
+        model._init_weights(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Exact types only: routers subclass nn.Linear and return tuples."""
+    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
+
+
+class _Loader:
+    """Fills one meta model from one checkpoint, one weight in memory at a time."""
+
+    def __init__(
+        self, model: PreTrainedModel, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, exact: bool, act: str
+    ) -> None:
+        self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
+
+    def fill(self) -> None:
+        unexpected = []
+        for placement in placements(self.model, self.ckpt.weights):
+            if not self._place(placement):
+                unexpected += placement.sources
+        self._refuse_unexpected(unexpected)
+        tie(self.model)
+        if any("quantized_experts" in m.__dict__ for m in self.model.modules()):
+            self.model.set_experts_implementation(EXPERTS)
+        refuse_meta(self.model, str(self.ckpt.path))
+        self.model.to(self.device)
+
+    def _place(self, placement: Placement) -> bool:
+        quantized = [self.ckpt.weights[s] for s in placement.sources]
+        if not any(quantized):
+            tensors = [self.ckpt(s) for s in placement.sources]
+            return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
+        module, leaf = owner(self.model, placement.target)
+        if module is None:
+            return False
+        if placement.converter is None and is_linear(module):
+            self._linear(placement.target.removesuffix(".weight"), module, placement.sources[0])
+            return True
+        if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
+            self._experts(module, leaf, placement.stack)
+            return True
+        _LOG.warning("%s is quantized but no plain linear: it is dequantized", placement.target)
+        shapes = source_shapes(self.model, placement)
+        tensors = [self.ckpt.dense(s, shapes[s]) for s in placement.sources]
+        return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
+
+    def _linear(self, path: str, old: nn.Module, source: str) -> None:
+        shape = (old.out_features, old.in_features)
+        q = self.ckpt.qtensor(source, shape).to(self.device)  # type: ignore[arg-type]
+        matmul = prepare(q, self.dtype, exact=self.exact, act=self.act)
+        # The bias is its own checkpoint tensor: it is assigned (perhaps later) to the parameter made here.
+        new = QuantLinear(matmul, shape, old.bias, self.dtype)  # type: ignore[arg-type]
+        self.model.set_submodule(path, new)
+
+    def _experts(self, module: nn.Module, leaf: str, stack: list[list[str]]) -> None:
+        parameter: Tensor = module._parameters[leaf]  # type: ignore[assignment]
+        matmuls = []
+        for sources in stack:
+            shape = (parameter.shape[1] // len(sources), parameter.shape[2])
+            joined = concat([self.ckpt.qtensor(s, shape) for s in sources]).to(self.device)
+            matmuls.append(prepare(joined, self.dtype, exact=self.exact, act=self.act))
+        set_expert_weight(module, leaf, matmuls)
+
+    def _refuse_unexpected(self, names: list[str]) -> None:
+        ignore = self.model._keys_to_ignore_on_load_unexpected or []
+        # Rotary tables that old checkpoints carry; computed here.
+        known = [*ignore, r"rotary_emb\.inv_freq$", r"attn\.masked_bias$", r"attn\.bias$"]
+        names = [n for n in names if not any(re.search(p, n) for p in known)]
+        if names:
+            raise UserError(
+                f"{self.ckpt.path}: {len(names)} tensors have no place in a {self.model.config.model_type} model, the first being "
+                f"{', '.join(names[:3])}. Nothing was loaded. Fix: config.json must describe this checkpoint "
+                f"(a quantized one needs the quantization_config it was written with)"
+            )
+
+
+def owner(model: nn.Module, target: str) -> tuple[nn.Module | None, str]:
+    """The module that holds `target` (a parameter or buffer name) and the leaf name; None where there is no such module."""
+    path, _, leaf = target.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None, leaf
+    return (module if leaf in module._parameters or leaf in module._buffers else None), leaf
+
+
+def assign(model: nn.Module, target: str, tensor: Tensor) -> bool:
+    """Put a dense tensor in its place, cast to the dtype the model was built with; False where there is no such place.
+
+    Raises UserError on a wrong shape, and on packed integers where numbers belong.
+    """
+    module, leaf = owner(model, target)
+    if module is None:
+        return False
+    old = module._parameters.get(leaf, module._buffers.get(leaf))
+    assert old is not None
+    if tensor.shape != old.shape:
+        raise UserError(
+            f"tensor {target} has shape {tuple(tensor.shape)}, the model needs {tuple(old.shape)}. "
+            f"Fix: config.json must describe this checkpoint"
+        )
+    if old.dtype.is_floating_point and (not tensor.dtype.is_floating_point or tensor.element_size() == 1):
+        raise UserError(
+            f"tensor {target} has dtype {tensor.dtype}, which is packed or quantized data, where the model needs {old.dtype}. "
+            f"Fix: config.json lacks the quantization_config this was written with, or bitsmith does not read that format yet"
+        )
+    value = tensor.to(old.dtype).contiguous()
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+    return True
+
+
+def source_shapes(model: nn.Module, placement: Placement) -> dict[str, tuple[int, int]]:
+    """Shape [out_features, in_features] of each quantized source of a placement."""
+    module, leaf = owner(model, placement.target)
+    assert module is not None
+    parameter = module._parameters[leaf]
+    assert parameter is not None
+    if placement.converter is None:
+        return {placement.sources[0]: (parameter.shape[0], parameter.shape[1])}
+    stack = placement.stack
+    if stack is None:
+        raise UserError(
+            f"{placement.target} is built from {placement.sources[0]} by a conversion that quantized weights do not fit "
+            f"({', '.join(type(o).__name__ for o in placement.converter.operations)}). Fix: leave these modules unquantized (--skip)"
+        )
+    rows = parameter.shape[1] // len(stack[0])
+    return {source: (rows, parameter.shape[2]) for expert in stack for source in expert}
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Share tied parameters: whichever of the two the checkpoint held serves both; a quantized one stays apart."""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        pair = [owner(model, name) for name in (target, source)]
+        held = [m._parameters.get(leaf) if m is not None else None for m, leaf in pair]
+        for (module, leaf), mine, other in zip(pair, held, reversed(held), strict=True):
+            if module is not None and mine is not None and mine.is_meta and other is not None and not other.is_meta:
+                module._parameters[leaf] = other
+
+
+def refuse_meta(model: nn.Module, where: str) -> None:
+    """UserError listing the parameters that got no value."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    missing = [name for name, tensor in state if tensor is not None and tensor.is_meta]
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} tensors the model needs are missing, the first being {', '.join(missing[:3])}. "
+            f"Nothing was loaded. Fix: fetch the checkpoint again, or check that config.json belongs to it"
+        )

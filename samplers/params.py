@@ -1,0 +1,225 @@
+"""Every sampling parameter, declared once: the Python API, the command line's flags and the HTTP server all read this dataclass.
+
+A field's default is its neutral value: a sampler whose fields are all at their defaults changes nothing and is skipped
+(samplers/pipeline.py). `metadata` holds what a field accepts and its help text. A new sampler adds one field here, one function in
+steps.py and its place in pipeline.ORDER. Names of other servers are translated in samplers/names.py.
+
+Left out: `n` (the server asks n times) and beam search (deterministic decoding that no chat client uses). No torch here: the scheduler
+imports this file and must stay free of it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import UserError
+from .names import translate
+
+# Below this a division by the temperature could overflow float32, and nobody can tell the result from greedy. vLLM draws the same line.
+GREEDY_BELOW = 1e-5
+
+
+def _param(default: Any, kind: str, help: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
+    """A field whose value is a `kind` within [low, high]; `above` and `optional` (None allowed) are further limits."""
+    return field(default=default, metadata={"kind": kind, "help": help, "low": low, "high": high, **more})
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to turn logits into tokens and when to stop. UserError for a value out of range.
+
+    Spellings of one meaning are made equal at construction: `stop="x"` is `("x",)`, lists become tuples, top_k -1 is 0 and seed -1 is
+    None, and JSON's string keys of logit_bias become ints.
+    """
+
+    temperature: float = _param(1.0, "float", "divides the logits; 0 picks the most likely token (greedy)", 0)
+    top_k: int = _param(0, "int", "keep the k most likely tokens; 0 or -1 keeps all", 0)
+    top_p: float = _param(
+        1.0, "float", "keep the smallest set of tokens with at least this probability", 0, 1, above=True
+    )
+    min_p: float = _param(0.0, "float", "keep tokens at least this fraction as likely as the most likely one", 0, 1)
+    repetition_penalty: float = _param(
+        1.0, "float", "above 1 makes tokens of the prompt and the output less likely", 0, above=True
+    )
+    presence_penalty: float = _param(0.0, "float", "subtracted once from the logit of tokens in the output", -2, 2)
+    frequency_penalty: float = _param(
+        0.0, "float", "subtracted from a token's logit for each time it is in the output", -2, 2
+    )
+    logit_bias: dict[int, float] | None = _param(
+        None, "bias", 'added to the logits of single tokens, as JSON: {"token id": bias}', -100, 100, optional=True
+    )
+    seed: int | None = _param(
+        None, "int", "the same seed gives the same tokens, whatever else runs", -(2**63), 2**63 - 1, optional=True
+    )
+    stop: tuple[str, ...] = _param((), "strings", "end the output before this text (may be repeated)")
+    stop_token_ids: tuple[int, ...] = _param((), "ints", "end the output at this token id (may be repeated)", 0)
+    ignore_eos: bool = _param(False, "bool", "go on after the end-of-sequence token")
+    max_tokens: int | None = _param(
+        16, "int", "most tokens to generate; -1 or null: all the context holds", 1, optional=True
+    )
+    min_tokens: int = _param(0, "int", "no end-of-sequence and no stop token before this many tokens", 0)
+    logprobs: int | None = _param(
+        None, "int", "report each token's log-probability and those of this many alternatives", 0, optional=True
+    )
+    skip_special_tokens: bool = _param(True, "bool", "leave special tokens out of the text")
+    include_stop_str_in_output: bool = _param(False, "bool", "keep the stop string at the end of the text")
+
+    def __post_init__(self) -> None:
+        for name, spellings in _SPELLINGS.items():
+            object.__setattr__(self, name, spellings(getattr(self, name)))
+        for each in fields(self):
+            _CHECKS[each.metadata["kind"]](each.name, getattr(self, each.name), each.metadata)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise UserError(
+                f"min_tokens is {self.min_tokens}, above max_tokens ({self.max_tokens}): lower the first or raise the second"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken without drawing."""
+        return self.temperature < GREEDY_BELOW
+
+    def is_neutral(self, *names: str) -> bool:
+        """Whether all these fields are at their defaults, so that a sampler reading them changes nothing."""
+        return all(getattr(self, name) == NEUTRAL[name] for name in names)
+
+    def check_vocab(self, vocab_size: int) -> None:
+        """UserError if logit_bias or stop_token_ids names a token the model does not have."""
+        for name, ids in (("logit_bias", self.logit_bias or {}), ("stop_token_ids", self.stop_token_ids)):
+            for token in ids:
+                if token >= vocab_size:
+                    raise UserError(
+                        f"{name} names token {token}, but the model has tokens 0 to {vocab_size - 1}: remove it"
+                    )
+
+    @classmethod
+    def from_request(cls, request: Mapping[str, Any]) -> "SamplingParams":
+        """From names as any client sends them: aliases are translated, None counts as absent, an unknown name is a UserError."""
+        return cls(**translate(request, NEUTRAL))
+
+
+NEUTRAL: dict[str, Any] = {each.name: each.default for each in fields(SamplingParams)}
+
+
+@dataclass(frozen=True)
+class CliField:
+    """What the command line needs for one flag; the values it collects go to `SamplingParams.from_request`."""
+
+    name: str
+    flag: str  # "--top-k"
+    help: str
+    parse: Callable[[str], Any] | None  # text to value; None for a switch that takes no text
+    repeat: bool  # may be given several times, collected in a list
+    default: Any
+
+
+def cli_fields() -> tuple[CliField, ...]:
+    """One flag per sampling parameter, in the order of the dataclass. A switch that is on by default becomes `--no-...`."""
+    parsers: dict[str, Callable[[str], Any] | None] = {
+        "float": float,
+        "int": int,
+        "bias": json.loads,
+        "strings": str,
+        "ints": int,
+        "bool": None,
+    }
+    made = []
+    for each in fields(SamplingParams):
+        kind = each.metadata["kind"]
+        negated = kind == "bool" and each.default
+        flag = ("--no-" if negated else "--") + each.name.replace("_", "-")
+        text = f"do not: {each.metadata['help']}" if negated else each.metadata["help"]
+        made.append(CliField(each.name, flag, text, parsers[kind], kind in ("strings", "ints"), each.default))
+    return tuple(made)
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _int_keys(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {int(key) if isinstance(key, str) and key.strip().isdecimal() else key: bias for key, bias in value.items()}
+
+
+_SPELLINGS: dict[str, Callable[[Any], Any]] = {
+    "top_k": lambda value: 0 if value == -1 else value,
+    "seed": lambda value: None if value == -1 else value,
+    "max_tokens": lambda value: None if value == -1 else value,
+    "stop": _as_tuple,
+    "stop_token_ids": _as_tuple,
+    "logit_bias": lambda value: _int_keys(value) or None if isinstance(value, dict) else value,
+}
+
+
+def _refuse(name: str, value: Any, accepted: str) -> None:
+    shown = repr(value)
+    raise UserError(f"{name} must be {accepted}, not {shown if len(shown) <= 60 else shown[:60] + '...'}")
+
+
+def _accepted(noun: str, limits: Mapping[str, Any]) -> str:
+    """ "a number between 0 and 1", as the error message names a range."""
+    low, high, above = limits["low"], limits["high"], limits.get("above")
+    if low is not None and high is not None:
+        noun += f" above {low} and at most {high}" if above else f" between {low} and {high}"
+    elif low is not None:
+        noun += f" above {low}" if above else f" of at least {low}"
+    neutral = limits.get("neutral_hint", "")
+    return noun + neutral + (" or null" if limits.get("optional") else "")
+
+
+def _check_number(name: str, value: Any, limits: Mapping[str, Any], types: tuple[type, ...], noun: str) -> None:
+    if value is None and limits.get("optional"):
+        return
+    # A bool is an int to Python; to a caller, `top_k=True` is a mistake.
+    good = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    low, high = limits["low"], limits["high"]
+    if good and low is not None:
+        good = value > low if limits.get("above") else value >= low
+    if good and high is not None:
+        good = value <= high
+    if not good:
+        _refuse(name, value, _accepted(noun, limits))
+
+
+def _check_bias(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    accepted = "an object of token id -> bias between -100 and 100, or null"
+    if not isinstance(value, dict):
+        _refuse(name, value, accepted)
+    for token, bias in value.items():
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            _refuse(f"{name}: the key", token, "a token id (an integer of at least 0)")
+        _check_number(f"{name}[{token}]", bias, {**limits, "optional": False}, (int, float), "a number")
+
+
+def _check_items(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    item = "a string that is not empty" if limits["kind"] == "strings" else "a token id (an integer of at least 0)"
+    if not isinstance(value, tuple):
+        _refuse(name, value, f"a list, each item {item}")
+    for i, each in enumerate(value):
+        if limits["kind"] == "strings" and not (isinstance(each, str) and each):
+            _refuse(f"{name}[{i}]", each, item)
+        if limits["kind"] == "ints" and (not isinstance(each, int) or isinstance(each, bool) or each < 0):
+            _refuse(f"{name}[{i}]", each, item)
+
+
+def _check_bool(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if not isinstance(value, bool):
+        _refuse(name, value, "true or false")
+
+
+_CHECKS: dict[str, Callable[[str, Any, Mapping[str, Any]], None]] = {
+    "float": lambda name, value, limits: _check_number(name, value, limits, (int, float), "a number"),
+    "int": lambda name, value, limits: _check_number(name, value, limits, (int,), "an integer"),
+    "bias": _check_bias,
+    "strings": _check_items,
+    "ints": _check_items,
+    "bool": _check_bool,
+}

@@ -1,0 +1,51 @@
+"""What the engine hands out: chunks while a request runs, one output when it is done.
+
+`LLM.generate` returns `Output`s; the HTTP server streams `StreamChunk`s. Both count tokens the way OpenAI's `usage`
+does: the prompt once, and every sampled token, the one that ended the request included.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability (natural log) of one sampled token and of the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What one engine step added to one request.
+
+    `text_delta` may be empty while `token_ids` is not (half a UTF-8 character, or text that may still become a stop
+    string), and the last chunk may bring text without a token. Concatenated, the deltas are exactly `Output.text`.
+    """
+
+    text_delta: str
+    token_ids: tuple[int, ...]  # sampled in this step
+    logprobs: tuple[TokenLogprob, ...] | None  # one per token_ids entry; None unless SamplingParams asked for them
+    finish_reason: FinishReason | None  # None until the last chunk, which is always sent
+    prompt_tokens: int  # length of the prompt
+    completion_tokens: int  # sampled so far, this chunk included
+    stop_reason: int | str | None = (
+        None  # the stop string or stop token id that ended the request; None for eos and length
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished request. `text` ends before the stop string that matched; `token_ids` holds every sampled token."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    stop_reason: int | str | None = None

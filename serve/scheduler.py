@@ -1,0 +1,217 @@
+"""Which tokens of which requests run in the next forward pass: continuous batching with chunked prefill.
+
+A step packs the next token of every decoding sequence and, in what is left of the token budget, chunks of prompts
+(Orca, https://www.usenix.org/conference/osdi22/presentation/yu; Sarathi-Serve, https://arxiv.org/abs/2403.02310). There is one policy,
+first come first served: a request is admitted when the KV blocks of everything it already knows are free, in order of arrival, and
+nothing overtakes it. When decoding runs out of blocks the youngest sequence gives all of its own back and waits at the head of the
+queue to be recomputed, so the oldest one advances in every step: that is why the loop can neither livelock nor starve anyone.
+
+Left out: priorities, swapping KV to host memory (recomputing a chunk is cheaper at these sizes) and overtaking of a request that does
+not fit by a smaller one (throughput for some, starvation for others).
+
+Pure Python on ints: no torch, so that thousands of random traces are tested in seconds.
+"""
+
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import UserError
+from ..samplers.params import SamplingParams
+from .blocks import BlockManager
+
+Status = Literal["waiting", "running", "finished"]
+
+
+@dataclass(eq=False)
+class Seq:
+    """One request: the tokens it knows and how many of them are in the KV cache."""
+
+    request_id: str  # set by the caller
+    ids: list[int]  # prompt by the caller; `Scheduler.update` appends one token per sampled row
+    params: SamplingParams  # set by the caller
+    num_prompt: int = field(init=False)  # set here: length of the prompt
+    seed: int = field(init=False)  # set here: params.seed, or drawn; see samplers.pipeline.sample
+    cached: int = 0  # tokens whose KV is stored; set by `Scheduler.update`, 0 again after a preemption
+    blocks: list[int] = field(default_factory=list)  # block table; grown and emptied by the scheduler
+    status: Status = "waiting"  # set by the scheduler
+    limit: int = 0  # length at which the engine must finish it; set by `Scheduler.add`
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+        return self.ids[: self.num_prompt]
+
+    @property
+    def output(self) -> list[int]:
+        """Token ids sampled so far."""
+        return self.ids[self.num_prompt :]
+
+    @property
+    def num_output(self) -> int:
+        """How many tokens were sampled."""
+        return len(self.ids) - self.num_prompt
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens whose KV is not stored yet: 1 while decoding, more while prefilling."""
+        return len(self.ids) - self.cached
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether max_tokens, the context or the whole KV pool is used up: the engine finishes it with "length"."""
+        return len(self.ids) >= self.limit
+
+
+class Scheduler:
+    """Owns the queues and, through `blocks`, every block table. One step of the engine is
+
+        batch = scheduler.schedule()            # [(seq, n)]: run ids[cached : cached + n] of each; blocks are in place
+        ...forward; sample the rows with n == seq.remaining...
+        scheduler.update(batch, tokens)         # one token per sampled row, None for the others
+        ...scheduler.finish(seq) for those that met eos, a stop string or `seq.at_limit`
+
+    UserError unless 1 <= max_num_seqs <= max_num_batched_tokens (every decoding sequence must fit into one step).
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, blocks: BlockManager, max_model_len: int
+    ) -> None:
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs is {max_num_seqs}: at least 1 sequence must run")
+        if max_num_batched_tokens < max_num_seqs:
+            raise UserError(
+                f"max_num_batched_tokens is {max_num_batched_tokens}, below max_num_seqs ({max_num_seqs}): a step holds one token of "
+                "every running sequence; raise the first or lower the second"
+            )
+        if max_model_len < 2:
+            raise UserError(f"max_model_len is {max_model_len}: a prompt token and a sampled one need at least 2")
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.blocks = blocks
+        self.waiting: deque[Seq] = deque()  # in order of arrival; preempted ones are older than all others
+        self.running: list[Seq] = []  # in order of arrival
+        self.preemptions = 0  # since the start
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` would return something."""
+        return bool(self.waiting or self.running)
+
+    def check(self, num_prompt: int) -> None:
+        """UserError if a prompt of `num_prompt` tokens could never run."""
+        if num_prompt < 1:
+            raise UserError("the prompt is empty: at least one token is needed to predict the next one; send some text")
+        if num_prompt >= self.max_model_len:
+            raise UserError(
+                f"the prompt has {num_prompt} tokens and the context holds {self.max_model_len}, completion included: shorten the "
+                f"prompt to at most {self.max_model_len - 1} tokens or serve with a larger --max-model-len"
+            )
+        if num_prompt > self.blocks.capacity:
+            raise UserError(
+                f"the prompt has {num_prompt} tokens and the whole KV cache holds {self.blocks.capacity} ({self.blocks.num_blocks} "
+                f"blocks of {self.blocks.block_size}): shorten the prompt or give the KV cache more memory"
+            )
+
+    def add(self, seq: Seq) -> None:
+        """Queue a new sequence. UserError if its prompt can never run or its request_id is already in use."""
+        self.check(seq.num_prompt)
+        if any(other.request_id == seq.request_id for other in (*self.running, *self.waiting)):
+            raise UserError(f"request_id {seq.request_id!r} is already in use: give each request its own")
+        # The KV of the last sampled token is never needed, hence one more token than the pool has slots.
+        seq.limit = min(self.max_model_len, self.blocks.capacity + 1)
+        if seq.params.max_tokens is not None:
+            seq.limit = min(seq.limit, seq.num_prompt + seq.params.max_tokens)
+        self.waiting.append(seq)
+
+    def schedule(self) -> list[tuple[Seq, int]]:
+        """The next step: (sequence, number of new tokens), decoding ones first. Empty only when there is no work."""
+        batch: list[tuple[Seq, int]] = []
+        # A copy: a preemption removes from `running`, always behind the sequence at hand.
+        for seq in self.running[:]:
+            if seq.status == "running" and seq.remaining == 1 and self._secure(seq):
+                batch.append((seq, 1))
+        budget = self.max_num_batched_tokens - len(batch)
+        prefilling = [seq for seq in self.running if seq.remaining > 1]
+        while budget:
+            seq = prefilling.pop(0) if prefilling else self._admit()
+            if seq is None:
+                break
+            count = min(seq.remaining, budget)
+            batch.append((seq, count))
+            budget -= count
+        assert batch or not self.has_work, "work is left and nothing was scheduled"
+        return batch
+
+    def update(self, batch: Sequence[tuple[Seq, int]], tokens: Sequence[int | None]) -> None:
+        """Record that `batch` (of the last `schedule`) ran; tokens[i] is what row i sampled, None where the prompt is unfinished.
+
+        Rows that were aborted meanwhile are skipped.
+        """
+        for (seq, count), token in zip(batch, tokens, strict=True):
+            if seq.status != "running":
+                continue
+            assert (token is not None) == (count == seq.remaining), f"{seq.request_id}: only a complete row is sampled"
+            seq.cached += count
+            if token is not None:
+                seq.ids.append(token)
+
+    def finish(self, seq: Seq) -> None:
+        """Take a running or waiting sequence out and free its blocks at once. No effect on a finished one."""
+        if seq.status == "finished":
+            return
+        (self.running if seq.status == "running" else self.waiting).remove(seq)
+        seq.status = "finished"
+        self.blocks.free(seq.blocks)
+
+    def abort(self, request_id: str) -> Seq | None:
+        """Finish the sequence of that name wherever it is, between two steps; None if there is none."""
+        for seq in (*self.running, *self.waiting):
+            if seq.request_id == request_id:
+                self.finish(seq)
+                return seq
+        return None
+
+    def check_integrity(self) -> None:
+        """AssertionError unless the block tables of the queued sequences account for every block."""
+        assert not any(seq.blocks for seq in self.waiting), "a waiting sequence holds blocks"
+        self.blocks.check_integrity(seq.blocks for seq in self.running)
+
+    def _secure(self, seq: Seq) -> bool:
+        """Make room for the next token of `seq`, preempting the youngest as long as needed; False if that was `seq` itself."""
+        while not self.blocks.grow(seq.blocks, len(seq.ids)):
+            victim = self.running.pop()
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Seq) -> None:
+        """Back to the head of the queue, to be recomputed from its tokens."""
+        self.blocks.free(seq.blocks)
+        seq.cached = 0
+        seq.status = "waiting"
+        self.waiting.appendleft(seq)
+        self.preemptions += 1
+
+    def _admit(self) -> Seq | None:
+        """Start the oldest waiting sequence if it fits, with the blocks of all its known tokens; None if it has to wait."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        seq = self.waiting[0]
+        assert not seq.at_limit, f"{seq.request_id} is at its limit and was not finished"
+        # One block of headroom per running sequence: without it a newcomer is preempted within a few steps and its prefill wasted.
+        if self.blocks.missing(seq.blocks, len(seq.ids)) + len(self.running) > self.blocks.num_free:
+            return None
+        self.blocks.grow(seq.blocks, len(seq.ids))
+        self.waiting.popleft()
+        seq.status = "running"
+        self.running.append(seq)
+        return seq
