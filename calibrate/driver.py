@@ -130,7 +130,7 @@ class _Run:
         self.places: list[list[Placement]] = [[] for _ in range(self.parts)]
         for placement in placements(model, ckpt.weights):
             self.places[self._part_of(placement.target)].append(placement)
-        self.part_items = [[i for p in places for i in items_of(model, p, recipe)] for places in self.places]
+        self.part_items = [[i for p in places for i in items_of(model, p, recipe, fmt)] for places in self.places]
         self.items = [item for part in self.part_items for item in part]
         self.modules = {item.module for item in self.items}
         # [N, K] of every weight that is quantized, here or in the source.

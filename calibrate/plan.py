@@ -42,8 +42,8 @@ class Item:
         return parameter.data[index, row : row + self.shape[0]]
 
 
-def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe) -> list[Item]:
-    """The weights of one placement that the recipe quantizes."""
+def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe, fmt: Format) -> list[Item]:
+    """The weights of one placement that the recipe quantizes, each with its spec as the layout takes it for that shape."""
     module, leaf = owner(model, placement.target)
     if module is None:
         return []
@@ -52,7 +52,7 @@ def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe) -> li
         name = placement.sources[0].removesuffix(".weight")
         spec = recipe.spec(name)
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        return [] if spec is None else [Item(name, spec, placement.target, path, shape)]
+        return [] if spec is None else [Item(name, fmt.shaped(spec, shape), placement.target, path, shape)]
     if not is_experts(module) or placement.stack is None or module.is_transposed:
         return []
     parameter: Tensor = module._parameters[leaf]  # type: ignore[assignment]
@@ -63,9 +63,9 @@ def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe) -> li
             name = source.removesuffix(".weight")
             spec = recipe.spec(name)
             if spec is not None:
-                place = (expert, position * rows)
-                key = f"{path}/{leaf}/{expert}"
-                found.append(Item(name, spec, placement.target, key, (rows, parameter.shape[2]), place))
+                shape = (rows, parameter.shape[2])
+                key, place = f"{path}/{leaf}/{expert}", (expert, position * rows)
+                found.append(Item(name, fmt.shaped(spec, shape), placement.target, key, shape, place))
     return found
 
 

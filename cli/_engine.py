@@ -7,10 +7,12 @@ import argparse
 from typing import Any
 
 FLAGS = (
-    ("--device", str, "DEV", "cpu, cuda, cuda:1; default: a GPU if there is one"),
+    ("--device", str, "DEV", "cpu (the default), cuda, cuda:1"),
     ("--dtype", str, "TYPE", "of activations: float32, float16, bfloat16"),
-    ("--max-model-len", int, "N", "longest prompt plus completion; default: what the model was trained for"),
+    ("--max-model-len", int, "N", "most tokens of prompt and completion together"),
     ("--max-num-seqs", int, "N", "sequences in one batch"),
+    ("--max-num-batched-tokens", int, "N", "tokens in one step; longer prompts are prefilled in chunks"),
+    ("--block-size", int, "N", "tokens per KV block"),
     ("--kv-cache-dtype", str, "TYPE", "how the KV cache is stored: auto, int8"),
     ("--gpu-memory-utilization", float, "SHARE", "of the device's memory, for everything"),
 )

@@ -6,13 +6,11 @@ input leaves.
 """
 
 import argparse
-import dataclasses
+import contextlib
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from . import _engine, _sampling
 from ._output import note, quiet_libraries, read_text
 
@@ -41,10 +39,8 @@ def lines() -> Iterator[str]:
     if interactive:
         note("/reset forgets the conversation, /exit leaves")
         # Gives input() line editing and history; the module is not there on Windows.
-        try:
+        with contextlib.suppress(ImportError):
             import readline  # noqa: F401
-        except ImportError:
-            pass
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -59,7 +55,7 @@ def lines() -> Iterator[str]:
 def say(engine: "Engine", prompt_ids: list[int], params: "SamplingParams") -> str:
     """Stream one reply to stdout and return it. Ctrl-C ends it early."""
     reply = []
-    engine.add_request(_ID, prompt_ids, params, time.perf_counter())
+    engine.add_request(_ID, prompt_ids, params)
     try:
         while engine.has_work():
             for _, chunk in engine.step():
@@ -73,7 +69,8 @@ def say(engine: "Engine", prompt_ids: list[int], params: "SamplingParams") -> st
 
 def run(args: argparse.Namespace) -> None:
     """Hold the conversation."""
-    params = _sampling.params(args)
+    # A reply may use all the context that is left.
+    params = _sampling.params(args, max_tokens=-1)
     template = read_text("--chat-template", args.chat_template) if args.chat_template else None
     quiet_libraries()
     from ..serve.chat import chat_prompt_ids
@@ -89,11 +86,10 @@ def run(args: argparse.Namespace) -> None:
             continue
         messages.append({"role": "user", "content": line})
         prompt_ids = chat_prompt_ids(engine.tokenizer, ChatRequest(messages), template)
-        room = engine.max_model_len - len(prompt_ids)
-        if room < 1:
-            raise UserError(
-                f"the conversation has {len(prompt_ids)} tokens, the context {engine.max_model_len}: "
-                "/reset sooner, or start with a larger --max-model-len"
+        if len(prompt_ids) >= engine.max_model_len:
+            note(
+                f"{len(prompt_ids)} tokens do not fit the context of {engine.max_model_len}: /reset, or say it shorter"
             )
-        asked = params if hasattr(args, "max_tokens") else dataclasses.replace(params, max_tokens=room)
-        messages.append({"role": "assistant", "content": say(engine, prompt_ids, asked)})
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": say(engine, prompt_ids, params)})

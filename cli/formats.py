@@ -28,10 +28,7 @@ def _accepts(module: Any, options: Any) -> bool:
 
 
 def support(name: str, module: Any) -> dict[str, Any]:
-    """One row of the matrix:
-
-    the format's bits, zero points, act-order and the spec it writes when asked for nothing more.
-    """
+    """One row of the matrix: what the format accepts, and the spec it writes when asked for nothing more."""
     from ..quant_formats.base import Options
 
     bits = [width for width in WIDTHS if _accepts(module, Options(name, bits=width))]

@@ -6,7 +6,7 @@ Options that are not given are not passed on: each default lives in one place, `
 import argparse
 from typing import Any
 
-from ._output import quiet_libraries
+from ._output import note, quiet_libraries
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", required=True, metavar="FMT", help="see `bitsmith formats`")
     parser.add_argument("--bits", type=int, metavar="B")
     parser.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale; -1: the whole row")
-    parser.add_argument("--method", metavar="M", help="rtn, gptq, awq, hqq")
+    parser.add_argument("--method", metavar="M", help="rtn, gptq, awq, hqq; any with any format")
     parser.add_argument("--calib", metavar="FILE|hub:NAME", help="calibration text: .txt, .jsonl or a data set")
     parser.add_argument("--calib-samples", type=int, metavar="N")
     parser.add_argument("--calib-seqlen", type=int, metavar="L")
@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--sym", action="store_true", help="fixed zero point")
     parser.add_argument("--asym", dest="sym", action="store_false", help="zero point per group")
     parser.add_argument("--desc-act", action=argparse.BooleanOptionalAction, help="act-order (GPTQ)")
-    parser.add_argument("--damp-percent", type=float, metavar="P", help="Hessian damping (GPTQ)")
+    parser.add_argument("--damp-percent", type=float, metavar="P", help="Hessian damping, a fraction (GPTQ)")
     parser.add_argument("--device", metavar="DEV")
     parser.add_argument("--seed", type=int, metavar="S", help="which calibration blocks are drawn")
     parser.add_argument("--no-resume", dest="resume", action="store_false", help="start over instead of continuing")
@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
     """Quantize as asked; progress goes to stderr."""
     quiet_libraries()
     from ..calibrate.driver import quantize
+    from ..calibrate.method import Settings
 
     options = {name: value for name, value in vars(args).items() if name not in ("command", "src", "out")}
-    quantize(args.src, args.out, **options)
+    if "damp_percent" in options:
+        options["settings"] = Settings(damp_percent=options.pop("damp_percent"))
+    summary = quantize(args.src, args.out, **options)
+    note(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))

@@ -6,6 +6,7 @@ code is 0.
 """
 
 import argparse
+import contextlib
 import errno
 import signal
 import socket
@@ -58,7 +59,7 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--config {args.config}: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"--config {args.config} must hold a mapping of flag names to values, such as `port: 8000`")
-    words = [word for name, value in found.items() for word in (f"--{str(name).replace('_', '-')}", str(value))]
+    words = [f"--{str(name).replace('_', '-')}={value}" for name, value in found.items()]
     try:
         merged = build_parser(["serve"]).parse_args(["serve", args.path, *words])
     except UserError as error:
@@ -103,16 +104,14 @@ def run(args: argparse.Namespace) -> None:
     args = with_config(args)
     template = read_text("--chat-template", args.chat_template) if hasattr(args, "chat_template") else None
     host = getattr(args, "host", "127.0.0.1")
-    with (
-        bind(host, getattr(args, "port", 8000)) as listener,
-        tempfile.TemporaryDirectory(prefix="bitsmith-") as scratch,
-    ):
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(bind(host, getattr(args, "port", 8000)))
         name = getattr(args, "served_model_name", Path(args.path).resolve().name)
         path = args.path
         if hasattr(args, "quantize"):
             from ..calibrate.driver import quantize
 
-            path = str(Path(scratch) / "model")
+            path = str(Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bitsmith-"))) / "model")
             quantize(args.path, path, format=args.quantize, method="rtn")
         from ..serve.api import create_app
         from ..serve.engine_async import AsyncEngine

@@ -1,26 +1,30 @@
 """Tokens per second of several engines on one model, measured so that a loaded machine cannot decide the result.
 
-The cases are llama-bench's: `prefill-512` reads one prompt of 512 tokens; `decode-b1` writes 64 tokens after one prompt token;
-`decode-b8` and `decode-b32` write 16 tokens for each of 8 or 32 sequences after prompts of 16, aggregate rate.
+The cases are llama-bench's: `prefill-512` reads one prompt of 512 tokens; `decode-b1` writes 64 tokens after one prompt
+token; `decode-b8` and `decode-b32` write 16 tokens for each of 8 or 32 sequences after prompts of 16, aggregate rate.
 
-Engines are interleaved: every round measures each case on each engine in turn, so slow drift of the machine hits all alike.
-A sample is disturbed when its threads spent more than 7 % of threads x wall time ready to run but not running (Linux's per-thread
-run-queue wait) or taken away by the hypervisor (steal time); disturbed samples are measured again, up to a time limit. The
-figure is the median of the undisturbed ones; where a cell has none, of all of them, and the row says so. llama.cpp collapses
-20-100 times on a loaded machine (its threads spin at barriers), so a run without this rule says nothing.
+Every engine runs in a process of its own (`Worker`), so one that crashes takes no other with it (llama.cpp built by gcc
+12 for an AMX processor dies in its first product) and thread pools do not meet. Engines are interleaved: every round
+measures each case on each engine in turn, so slow drift of the machine hits all alike. A sample is disturbed when its
+threads spent more than 7 % of threads x wall time ready to run but not running (Linux's per-thread run-queue wait) or
+taken away by the hypervisor (steal time); disturbed samples are measured again, up to a time limit. The figure is the
+median of the undisturbed ones; where a cell has none, of all of them, and the row says so. llama.cpp collapses 20-100
+times on a loaded machine (its threads spin at barriers), so a run without this rule says nothing.
 """
 
+import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from .peers import Engine
+from ..errors import UserError
 
 _LOST_LIMIT = 0.07
 _CLOCK_TICKS = 100
@@ -28,7 +32,10 @@ _CLOCK_TICKS = 100
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of measurement. `steps` 0 measures the reading of `prompt` tokens, else the writing of `steps` tokens."""
+    """One kind of measurement.
+
+    `steps` 0 measures the reading of `prompt` tokens, else the writing of `steps` tokens.
+    """
 
     name: str
     sequences: int
@@ -73,31 +80,132 @@ class Cell:
 Table = dict[tuple[str, str], Cell]
 
 
+class Engine(Protocol):
+    """One model in one engine. Sequences share nothing; each call blocks until its logits are there."""
+
+    def prefill(self, tokens: int) -> None:
+        """Read one prompt of `tokens` into an empty cache; only the last token's logits."""
+        ...
+
+    def start(self, sequences: int, prompt: int) -> None:
+        """Empty the cache and read a prompt of `prompt` tokens into each of `sequences`."""
+        ...
+
+    def step(self) -> None:
+        """One more token for every sequence, logits for each."""
+        ...
+
+
+class Sampler(Protocol):
+    """What `measure` asks for figures."""
+
+    def sample(self, case: Case) -> tuple[float, float]:
+        """Tokens per second, and the share of threads x wall that was taken away. EngineDied if the engine is gone."""
+        ...
+
+
+class EngineDied(Exception):
+    """An engine's process ended while it was being measured."""
+
+
+class Worker:
+    """An engine in a process of its own, which measures itself.
+
+    Raises UserError with the engine's own message where it cannot be built, EngineDied where building kills it.
+    """
+
+    def __init__(self, build: Callable[..., Engine], arguments: tuple[Any, ...], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, remote = context.Pipe()
+        self._process = context.Process(target=_work, args=(remote, build, arguments, threads), daemon=True)
+        self._process.start()
+        remote.close()
+        try:
+            self._receive()
+        except (UserError, EngineDied):
+            self.close()
+            raise
+
+    def sample(self, case: Case) -> tuple[float, float]:
+        self._pipe.send(case)
+        rate, lost = self._receive()
+        return rate, lost
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise EngineDied(f"its process ended with exit code {self._process.exitcode}") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the process and give its memory back."""
+        self._pipe.close()
+        self._process.join(timeout=10)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _work(pipe: Connection, build: Callable[..., Engine], arguments: tuple[Any, ...], threads: int) -> None:
+    """The worker's side: build, say so, then measure every case that arrives until the other end closes."""
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        engine = build(*arguments)
+    except UserError as error:
+        pipe.send(error)
+        return
+    pipe.send("ready")
+    while True:
+        try:
+            case = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(sample(engine, case, threads))
+
+
 def measure(
-    engines: Sequence[Engine], threads: int, samples: int = 3, minutes: float = 10.0, cases: Iterable[Case] = CASES
+    engines: Mapping[str, Sampler],
+    samples: int = 3,
+    minutes: float = 10.0,
+    cases: Iterable[Case] = CASES,
+    died: Callable[[str, str], None] = lambda name, why: None,
 ) -> Table:
     """Measure every case on every engine until each has `samples` undisturbed samples or `minutes` have passed.
 
-    Every cell is measured at least once. Keys are (case name, engine name).
+    Every cell is measured at least once. An engine that dies is left out, its cells with it, and `died` told its name
+    and why. Keys are (case name, engine name).
     """
-    cases = list(cases)
-    table = {(case.name, engine.name): Cell() for case in cases for engine in engines}
+    cases, alive = list(cases), dict(engines)
+    table = {(case.name, name): Cell() for case in cases for name in engines}
     deadline = time.monotonic() + 60 * minutes
     with tqdm(total=len(table) * samples, desc="bench", unit="sample", file=sys.stderr, disable=None) as bar:
         while True:
             for case in cases:
-                for engine in engines:
-                    cell = table[case.name, engine.name]
-                    late = time.monotonic() > deadline
-                    if len(cell.clean) >= samples or (late and cell.samples):
+                for name in list(alive):
+                    cell = table[case.name, name]
+                    if len(cell.clean) >= samples or (cell.samples and time.monotonic() > deadline):
                         continue
-                    cell.samples.append(_sample(engine, case, threads))
+                    try:
+                        cell.samples.append(alive[name].sample(case))
+                    except EngineDied as error:
+                        died(name, str(error))
+                        del alive[name]
+                        continue
                     bar.update(int(cell.samples[-1][1] <= _LOST_LIMIT))
+            table = {key: cell for key, cell in table.items() if key[1] in alive}
             if time.monotonic() > deadline or all(len(cell.clean) >= samples for cell in table.values()):
                 return table
 
 
-def _sample(engine: Engine, case: Case, threads: int) -> tuple[float, float]:
+def sample(engine: Engine, case: Case, threads: int) -> tuple[float, float]:
+    """One measurement: tokens per second, and the share of threads x wall that was taken away."""
+
     def read() -> None:
         engine.prefill(case.prompt)
 
@@ -137,20 +245,25 @@ def _waited() -> float:
     return queued / 1e9 + stolen / _CLOCK_TICKS
 
 
-def rows(table: Table, ours: str, peers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """One row per case and peer: our value, and its ratio to the better of the peer's configurations (named first).
+def rows(table: Table, ours: str, peers: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """One row per case and peer: our value, and its ratio to the best of the peer's configurations (engine names).
 
     Keys: name, value, unit, ratio (ours / peer's), against, against_value, clean (undisturbed samples behind the weaker
-    of the two figures; 0 means: measured on a loaded machine, do not quote). Without peers ratio and against are None.
+    of the two figures; 0 means: measured on a loaded machine, do not quote). Where nothing is left to compare with,
+    ratio, against and against_value are None.
     """
     found = []
     for name in dict.fromkeys(case for case, _ in table):
         cell = table[name, ours]
         row = {"name": name, "value": cell.value, "unit": "tok/s"}
-        if not peers:
-            found.append(row | {"ratio": None, "against": None, "against_value": None, "clean": len(cell.clean)})
-        for configurations in peers:
-            best = max((table[name, peer] for peer in configurations), key=lambda peer: peer.value)
-            compared = {"ratio": cell.value / best.value, "against": configurations[0], "against_value": best.value}
-            found.append(row | compared | {"clean": min(len(cell.clean), len(best.clean))})
+        compared = []
+        for peer, configurations in peers.items():
+            cells = [table[name, engine] for engine in configurations if (name, engine) in table]
+            if not cells:
+                continue
+            best = max(cells, key=lambda each: each.value)
+            versus = {"ratio": cell.value / best.value, "against": peer, "against_value": best.value}
+            compared.append(row | versus | {"clean": min(len(cell.clean), len(best.clean))})
+        alone = row | {"ratio": None, "against": None, "against_value": None, "clean": len(cell.clean)}
+        found += compared or [alone]
     return found

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""Affine on a device: (code - zero) * scale in float32, as in affine.py. The zero point is stored, fixed (`sym`) or absent."""
+"""Affine on a device: (code - zero) * scale in float32, as in affine.py; a zero stored, fixed (`sym`) or absent."""
 
 from . import tiles
 from .lang import jit, tl

@@ -1,27 +1,31 @@
-"""Compile every kernel for every GPU without having one, and read off what it costs: the performance lint of a machine without a GPU.
+"""Compile every kernel for every GPU without having one, and read off what it costs: a performance lint.
 
-Each kernel is compiled as `cuda.plan` would launch it on a 4096 x 4096 weight. A row is one kernel, weight spec and target:
+Each kernel is compiled as `cuda.plan` would launch it on a 4096 x 4096 weight. A row is one kernel, weight spec and
+target:
 
-    shared_bytes   shared memory per program            registers   per thread
-    spills         bytes of local memory per thread (NVIDIA: registers spilled, or arrays indexed at run time); AMD: registers spilled
-    global_loads   instructions in the kernel body that read global memory, unrolled copies counted, whatever their width
+    shared_bytes   shared memory per program
+    registers      per thread
+    spills         NVIDIA: bytes of local memory per thread; AMD: registers spilled
+    global_loads   instructions that read global memory, unrolled copies counted, whatever their width
     async_copies   those of them that go straight to shared memory (cp.async)
 
-A target this triton cannot compile for gives ok = false and the compiler's reason. results/aot.json keeps the table; tests/test_aot.py
-compares. What it cannot show: speed, races, and whether the code is right (the interpreter shows that).
+A target this triton cannot compile for gives ok = false and the compiler's reason. results/aot.json keeps the table
+and tests/test_aot.py compares. What it cannot show: speed, races, and whether the code is right (the interpreter
+shows that).
 """
 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from . import matmul
 from .cuda import Plan, plan, triple
-from .lang import HAVE_TRITON, need_triton
+from .lang import HAVE_TRITON, interpreted, need_triton
 from .spec import Spec
 from .tiles import Parts
 
@@ -29,6 +33,7 @@ if HAVE_TRITON:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.errors import TritonError
 
 CUDA = (60, 70, 75, 80, 86, 89, 90, 100, 120)
 # Wavefront size of each AMD target.
@@ -79,10 +84,6 @@ class Row:
     async_copies: int | None = None
     reason: str = ""
 
-    @property
-    def key(self) -> tuple[str, int, str, str]:
-        return self.kernel, self.rows, self.spec, self.target
-
 
 def table(
     targets: Iterable[str] = TARGETS,
@@ -91,9 +92,13 @@ def table(
 ) -> Iterator[dict[str, Any]]:
     """Rows (as dicts, in INTERFACE order) of every kernel, spec and target asked for, compiled one after the other.
 
-    Raises UserError where triton is missing.
+    Raises UserError where triton is missing or set to interpret.
     """
     need_triton("compiling kernels ahead of time")
+    if interpreted():
+        raise UserError(
+            "compiling kernels ahead of time: TRITON_INTERPRET is set, so kernels are interpreted; unset it"
+        )
     specs, kernels = list(specs), list(kernels)
     for target in targets:
         for spec in specs:
@@ -112,9 +117,40 @@ def compile_row(kernel: str, rows: int, spec: Spec, target: str) -> Row:
     try:
         compiled = triton.compile(_source(how, spec, dtype), target=_target(target), options=how.options)
         found = {"ok": True, "shared_bytes": int(compiled.metadata.shared), **_cost(compiled.asm)}
-    except (RuntimeError, ValueError, KeyError, triton.compiler.errors.CompilationError) as error:
+    except (RuntimeError, TritonError) as error:
         found = {"ok": False, "reason": _reason(error)}
     return Row(kernel=kernel, rows=rows, family=spec.family, spec=str(spec), target=target, dtype=dtype, **found)
+
+
+def regressions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What got worse, a line each: a kernel that stopped compiling, shared_bytes or global_loads up by more than 10 %.
+
+    Rows are matched by kernel, rows, spec and target; one that is only on one side is no regression.
+    """
+    known = {_key(row): row for row in before}
+    found = []
+    for row in after:
+        old = known.get(_key(row))
+        if old is None or not old["ok"]:
+            continue
+        name = " ".join(map(str, _key(row)))
+        if not row["ok"]:
+            found.append(f"{name}: no longer compiles: {row['reason']}")
+            continue
+        for field in ("shared_bytes", "global_loads"):
+            if row[field] > 1.1 * old[field]:
+                found.append(f"{name}: {field} rose from {old[field]} to {row[field]}")
+    return found
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["kernel"], row["rows"], row["spec"], row["target"]
+
+
+def triton_version() -> str:
+    """Of the triton that compiles here: another one's numbers are not comparable."""
+    need_triton("compiling kernels ahead of time")
+    return str(triton.__version__)
 
 
 def _target(name: str) -> Any:
@@ -122,10 +158,16 @@ def _target(name: str) -> Any:
 
 
 def _source(how: Plan, spec: Spec, dtype: str) -> Any:
-    """The kernel with the argument types and alignments of a launch: pointers and sizes that divide by 16, but for the rows."""
+    """The kernel with the argument types and alignments of a launch: pointers, N and K divide by 16."""
     fn = getattr(matmul, how.kernel)
     pointers = _pointers(spec)
-    types: dict[str, Any] = {"x": f"*{dtype}", "y": "*fp32" if how.split > 1 else f"*{dtype}", "M": "i32", "N": "i32", "K": "i32"}
+    types: dict[str, Any] = {
+        "x": f"*{dtype}",
+        "y": "*fp32" if how.split > 1 else f"*{dtype}",
+        "M": "i32",
+        "N": "i32",
+        "K": "i32",
+    }
     types["parts"] = Parts(*(p or "constexpr" for p in pointers))
     constants: dict[Any, Any] = {"SPEC": spec, "TRIPLE": triple(spec.family), **how.tile}
     signature = {name: types.get(name, "constexpr") for name in fn.arg_names}

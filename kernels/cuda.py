@@ -5,9 +5,10 @@
     9 to 64         gemm (decode + tl.dot)      dequant, then the BLAS
     65 and more     dequant, then the BLAS      dequant, then the BLAS
 
-Below sm_80 Triton's dot becomes plain multiply-adds while cuBLAS uses the tensor cores of Volta and Turing, hence the second column.
-bfloat16 arithmetic also starts at sm_80: on older GPUs the same model runs in float16 with float32 accumulation, and the log says so.
-The thresholds and tile sizes are estimates checked only by compiling (results/aot.json), not yet by timing on a device.
+Below sm_80 Triton's dot becomes plain multiply-adds while cuBLAS uses the tensor cores of Volta and Turing, hence the
+second column. bfloat16 arithmetic also starts at sm_80: on older GPUs the same model runs in float16 with float32
+accumulation, and the log says so. The thresholds and tile sizes are estimates checked only by compiling
+(results/aot.json), not yet by timing on a device.
 
 With TRITON_INTERPRET=1 all of this runs on CPU tensors, which is how it is tested.
 """
@@ -54,7 +55,9 @@ class Plan:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **EXACT}
 
 
-def plan(rows: int, shape: tuple[int, int], capability: int = _ASSUMED_CAPABILITY, processors: int = _ASSUMED_PROCESSORS) -> Plan:
+def plan(
+    rows: int, shape: tuple[int, int], capability: int = _ASSUMED_CAPABILITY, processors: int = _ASSUMED_PROCESSORS
+) -> Plan:
     """The template for `rows` inputs to a weight of `shape` (N, K).
 
     capability: 10 * major + minor; processors: multiprocessors (compute units) of the device.
@@ -62,16 +65,18 @@ def plan(rows: int, shape: tuple[int, int], capability: int = _ASSUMED_CAPABILIT
     n, k = shape
     if rows <= GEMV_ROWS:
         bm = _power_of_two(rows)
-        # acc [BM, BK, BN] lives in registers, 32 to 64 a thread. BM * BK >= 128, one input a thread: below that Triton replaces the
-        # load of x by one broadcast load a number (BN 64, BK 64: 35 loads instead of 4).
+        # acc [BM, BK, BN] lives in registers, 32 to 64 a thread. BM * BK >= 128, one input a thread: below
+        # that Triton replaces the load of x by one broadcast load a number (BN 64, BK 64: 35 loads instead
+        # of 4).
         tile, warps, stages = {"BM": bm, "BN": 32, "BK": 128 if bm == 1 else 64 if bm <= 4 else 32}, 4, 2
     elif rows <= GEMM_ROWS and capability >= 80:
         tile, warps, stages = {"BM": max(16, _power_of_two(rows)), "BN": 64, "BK": 64}, 4, 3
     else:
         return Plan("dequant", {"BN": 64, "BK": 64}, 4, 1)
-    # Enough programs to fill the device four times over, but at least two steps each.
+    # Enough programs to fill the device four times over, unless partial sums (8 bytes each, written and read)
+    # would come to more than an eighth of 4-bit weights: 8 * rows * split <= k / 2 / 8.
     programs = -(-n // tile["BN"])
-    split = max(1, min(4 * processors // programs, -(-k // tile["BK"]) // 2))
+    split = max(1, min(4 * processors // programs, k // (128 * rows)))
     return Plan("gemv" if rows <= GEMV_ROWS else "gemm", tile, warps, stages, split)
 
 
@@ -98,7 +103,7 @@ def compute_dtype(dtype: torch.dtype, capability: int) -> torch.dtype:
 class CudaMatmul:
     """x -> x @ W.T for one quantized weight on one device.
 
-    q: a QTensor on the device, `repack.supported(q)` empty; dtype: float16, bfloat16 or float32, what products are computed in.
+    q: a QTensor on the device, `repack.supported(q)` empty; dtype: what products are computed in, 16-bit or float32.
     Raises UserError where triton is missing.
     """
 
@@ -148,7 +153,9 @@ class CudaMatmul:
         kernel = getattr(matmul, how.kernel)
         kernel[grid](x, self.packed.parts, out, m, n, k, *self._what(), **how.tile, **how.options)
         if how.split > 1:
-            matmul.split_sum[(-(-m * n // _SUM_BLOCK),)](out, y, how.split, m * n, BLOCK=_SUM_BLOCK, num_warps=4, **EXACT)
+            matmul.split_sum[(-(-m * n // _SUM_BLOCK),)](
+                out, y, how.split, m * n, BLOCK=_SUM_BLOCK, num_warps=4, **EXACT
+            )
         return y
 
 

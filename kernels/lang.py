@@ -1,10 +1,12 @@
 """Triton where there is one, and names that import without it where there is none.
 
-Every module with device code takes `jit` and `tl` from here, so that importing it needs neither a GPU nor triton: without triton a
-kernel is a `_NoKernel` that raises UserError when it is called or launched, and `tl.constexpr` in a signature means nothing.
+Every module with device code takes `jit` and `tl` from here, so that importing it needs neither a GPU nor triton:
+without triton a kernel is a `_NoKernel` that raises UserError when it is called or launched, and `tl.constexpr` means
+nothing.
 
-`EXACT` goes with every launch and every ahead-of-time compilation. Triton 3.6 to 3.9 fuse a * b + c unless told otherwise (3.10 turns
-that round), and a fused decode differs from its torch twin in the last bit. Kernels that want a fused multiply-add write `tl.fma`.
+`EXACT` goes with every launch and every ahead-of-time compilation. Triton 3.6 to 3.9 fuse a * b + c unless told
+otherwise (3.10 turns that round), and a fused decode differs from its torch twin in the last bit. Who wants a fused
+multiply-add writes `tl.fma`.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,8 @@ from ..errors import UserError
 EXACT = {"enable_fp_fusion": False}
 
 INSTALL = (
-    "this needs triton 3.6 to 3.9, which is not installed: pip install 'bitsmith[triton]' (Linux), or use device='cpu', which needs none"
+    "this needs triton 3.6 to 3.9, which is not installed: pip install 'bitsmith[triton]' (Linux), "
+    "or use device='cpu', which needs none"
 )
 
 
@@ -44,6 +47,10 @@ class _NoKernel:
         raise UserError(f"{self.__name__}: {INSTALL}")
 
 
+def _no_jit(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    return _NoKernel(fn) if fn is not None else _NoKernel
+
+
 try:
     import triton
     import triton.language as tl
@@ -53,7 +60,7 @@ try:
 except ImportError:
     HAVE_TRITON = False
     tl = _Absent()
-    jit = _NoKernel
+    jit = _no_jit
 
 
 def interpreted() -> bool:

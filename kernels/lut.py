@@ -1,22 +1,24 @@
-"""Decoding to bfloat16 on the CPU by table look-up: one plain-torch path for every family whose value depends on the code alone.
+"""Decoding to bfloat16 on the CPU by table look-up: one plain-torch path for every family whose value depends on the
+code alone.
 
-The dense bit stream is read in fields of up to 16 bits that hold 2 or 4 whole codes, and each field indexes a table whose
-entries are those 2 or 4 values side by side as bfloat16, stored as one int32 or int64:
+The dense bit stream is read in fields of up to 16 bits that hold 2 or 4 whole codes, and each field indexes a table
+whose entries are those 2 or 4 values side by side as bfloat16, stored as one int32 or int64:
 
     bits     1  2  3   4   5   6   7   8
     field    4  8  12  16  10  12  14  16      entries 2**field, at most 64 Ki, shared by all tensors of a kind
     codes    4  4  4   4   2   2   2   2
 
-so 4-bit codes cost one look-up per four weights, and a float8 or NF4 value costs what an integer does. Measured on 11.5 M weights,
-one thread, before the scales: NF4 4 ms, FP8 6 ms (torch's own float8 to bfloat16 cast: 54 ms; `table[codes]`: 31 ms or more).
-`torch.gather` along rows is used because it is the look-up that torch spreads over threads (1-D `index_select` is serial).
+so 4-bit codes cost one look-up per four weights, and a float8 or NF4 value costs what an integer does. Measured on
+11.5 M weights, one thread, before the scales: NF4 4 ms, FP8 6 ms (torch's own float8 to bfloat16 cast: 54 ms;
+`table[codes]`: 31 ms or more). `torch.gather` along rows is used because it is the look-up that torch spreads over
+threads (1-D `index_select` is serial).
 
-Rounding: table entries, scales and zero points to bfloat16, then each product once. Integers up to 256 and float8 values are
-exact. Relative error of a weight against the exact value: 2.2e-3 RMS at most (a bfloat16 weight alone has 1.7e-3).
+Rounding: table entries, scales and zero points to bfloat16, then each product once. Integers up to 256 and float8
+values are exact. Relative error of a weight against the exact value: 2.2e-3 RMS at most (a bfloat16 weight alone has
+1.7e-3).
 """
 
 from functools import cache
-from math import gcd
 
 import torch
 from torch import Tensor
@@ -40,14 +42,24 @@ def decode(q: QTensor) -> Tensor:
     """The weight of `q`, bfloat16 [N, K], columns in packed order (a `perm` is the caller's to apply to the input)."""
     shape = matrix_shape(q.spec, q.shape)
     matrix = _values(q.parts["codes"], q.spec.bits, _table_of(q), shape[1])
+    scale = scales(q.spec, q.parts).to(torch.bfloat16)
+    fraction = None
     if "zeros" in q.parts:
-        _by_group(matrix, q.parts["zeros"], q.spec, "sub_")
-    _by_group(matrix, scales(q.spec, q.parts), q.spec, "mul_")
+        # A fractional zero point (HQQ) is taken off after scaling: code - zero rounded to bfloat16 would double the
+        # error.
+        zero = q.parts["zeros"].float()
+        whole = zero.round().clamp(-256, 256)
+        fraction = None if q.spec.zero == "asym" else (zero - whole) * scale
+        _by_group(matrix, whole, q.spec, "sub_")
+    _by_group(matrix, scale, q.spec, "mul_")
+    if fraction is not None:
+        _by_group(matrix, fraction, q.spec, "sub_")
     return from_matrix(matrix, q.spec, q.shape)
 
 
 def _by_group(matrix: Tensor, per_group: Tensor, spec: Spec, operation: str) -> None:
-    """matrix [R, C] -= or *= the value of each group, in place, broadcasting instead of spreading where groups are whole."""
+    """matrix [R, C] -= or *= the value of each group, in place, broadcasting instead of spreading where groups are
+    whole."""
     r, c = matrix.shape
     group = c if spec.group == -1 else spec.group
     by_row = spread(per_group, Spec(spec.family, spec.bits, rows=spec.rows), (r, per_group.shape[1]))
@@ -60,7 +72,8 @@ def _by_group(matrix: Tensor, per_group: Tensor, spec: Spec, operation: str) -> 
 
 
 def _values(codes: Tensor, bits: int, table: Tensor, columns: int) -> Tensor:
-    """codes int32 [R, W] -> bfloat16 [R, columns] of table values; a view of a slightly wider tensor where columns are odd."""
+    """codes int32 [R, W] -> bfloat16 [R, columns] of table values; a view of a slightly wider tensor where columns
+    are odd."""
     width, lanes = _FIELDS[bits]
     index = _fields(codes, width, -(-columns // lanes))
     found = torch.gather(table.expand(index.shape[0], -1), 1, index)
@@ -75,19 +88,15 @@ def _fields(codes: Tensor, width: int, count: int) -> Tensor:
     stream = codes.view(torch.uint8)
     if width == 8:
         return stream[:, :count].long()
-    # After `cycle` fields (`size` bytes) the stream is byte-aligned again.
-    cycle, size = 8 // gcd(width, 8), width // gcd(width, 8)
-    cycles = -(-count // cycle)
-    stream = pad(stream, (0, max(0, cycles * size - stream.shape[1])))[:, : cycles * size]
-    lanes = stream.unflatten(1, (cycles, size)).long()
-    out = torch.empty(codes.shape[0], cycles, cycle, dtype=torch.int64, device=codes.device)
-    for i in range(cycle):
-        byte, shift = divmod(i * width, 8)
-        field = lanes[..., byte] >> shift
-        for more in range(1, -(-(shift + width) // 8)):
-            field |= lanes[..., byte + more] << (8 * more - shift)
-        torch.bitwise_and(field, (1 << width) - 1, out=out[..., i])
-    return out.flatten(1)[:, :count]
+    # Four fields fill width / 2 whole bytes, at most 7: gather those in an int64 and shift the fields out.
+    size, words = width // 2, -(-count // 4)
+    stream = pad(stream, (0, max(0, words * size - stream.shape[1])))[:, : words * size].unflatten(1, (words, size))
+    word = torch.zeros(codes.shape[0], words, dtype=torch.int64, device=codes.device)
+    octets = word.view(torch.uint8).unflatten(1, (words, 8))
+    for i in range(size):
+        octets[..., i] = stream[..., i]
+    fields = (word[..., None] >> (torch.arange(4, device=codes.device) * width)).bitwise_and_((1 << width) - 1)
+    return fields.flatten(1)[:, :count]
 
 
 def _table_of(q: QTensor) -> Tensor:
@@ -102,7 +111,8 @@ def _table_of(q: QTensor) -> Tensor:
 
 @cache
 def _table(values: bytes, bits: int) -> Tensor:
-    """float32 values of the 2**bits codes -> int32 or int64 [2**field], each entry the bfloat16 values of the field's codes."""
+    """float32 values of the 2**bits codes -> int32 or int64 [2**field], each entry the bfloat16 values of the field's
+    codes."""
     width, lanes = _FIELDS[bits]
     field = torch.arange(1 << width)
     codes = torch.stack([(field >> (i * bits)) & ((1 << bits) - 1) for i in range(lanes)], 1)

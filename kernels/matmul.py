@@ -3,13 +3,15 @@
 
   x     float16 | bfloat16 | float32 [M, K], row-major, contiguous
   parts tuple of pointers (tiles.Parts), meaning known only to TRIPLE (tiles.Triple)
-  y     [S, M, N] for S = the grid's split of K: the result itself where S = 1, else float32 partial sums for `split_sum`
+  y     [S, M, N] for S = the grid's split of K: the result where S = 1, else float32 partial sums for `split_sum`
   SPEC  bitsmith.kernels.spec.Spec with `view`, `pre` and `act` empty
 
-M, N and K are masked, so any positive size runs; BK is a multiple of 32, and group may divide BK, be a multiple of it, or neither.
-Decoding is float32 in the order the family's torch twin states. `gemm` rounds the tile once to x's dtype for the dot, `gemv` keeps it
-in float32; both accumulate in float32, and the order of the sum depends only on shapes and tile sizes: no atomics, so a run repeats
-bit for bit. `dequant` writes what the twin writes. Left out: grouped (experts), native low-precision dots, autotuning.
+M, N and K are masked, so any positive size runs; BK is a multiple of 32, and group may divide BK, be a multiple of
+it, or neither. Decoding is float32 in the order the family's torch twin states. `gemm` rounds the tile once to x's
+dtype for the dot, `gemv` keeps it in float32; both accumulate in float32, and the order of the sum depends only on
+shapes and tile sizes: no atomics, so a run repeats bit for bit. `dequant` writes what the twin writes. M is not
+specialized on, so a batch that grows by a row compiles nothing. Left out: grouped (experts), native low-precision
+dots, autotuning.
 """
 
 from .lang import jit, tl
@@ -31,7 +33,7 @@ def _share(K, BK: tl.constexpr, axis: tl.constexpr):
     return first, tl.minimum(first + share, steps)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def gemv(
     x, parts, y, M, N, K,
     SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -48,17 +50,19 @@ def gemv(
         rk = step * BK + tl.arange(0, BK)
         a = tl.load(x + rm[:, None] * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0)
         w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
-        acc = tl.fma(tl.broadcast_to(a.to(tl.float32)[:, :, None], (BM, BK, BN)), tl.broadcast_to(w[None], (BM, BK, BN)), acc)
+        acc = tl.fma(
+            tl.broadcast_to(a.to(tl.float32)[:, :, None], (BM, BK, BN)), tl.broadcast_to(w[None], (BM, BK, BN)), acc
+        )
     out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
     tl.store(out, tl.sum(acc, 1).to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def gemm(
     x, parts, y, M, N, K,
     SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Decode a tile, then `tl.dot`. Grid (ceil(N / BN), S, ceil(M / BM)); float32 inputs are multiplied as float32, not TF32."""
+    """Decode a tile, then `tl.dot`; float32 as float32, not TF32. Grid (ceil(N / BN), S, ceil(M / BM))."""
     rm = tl.program_id(2) * BM + tl.arange(0, BM)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     first, last = _share(K, BK, 1)
@@ -72,7 +76,7 @@ def gemm(
     tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
-@jit
+@jit(do_not_specialize=["S"])
 def split_sum(partial, y, S, SIZE, BLOCK: tl.constexpr):
     """y [SIZE] = sum over S of partial float32 [S, SIZE], in the order of the split. Grid (ceil(SIZE / BLOCK),)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -86,7 +90,7 @@ def split_sum(partial, y, S, SIZE, BLOCK: tl.constexpr):
 def dequant(
     parts, y, N, K, SPEC: tl.constexpr, TRIPLE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """y [N, K] (the orientation of nn.Linear) = W transposed, rounded once to y's dtype. Grid (ceil(N / BN), ceil(K / BK))."""
+    """y [N, K] (as in nn.Linear) = W transposed, rounded once to y's dtype. Grid (ceil(N / BN), ceil(K / BK))."""
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     rk = tl.program_id(1) * BK + tl.arange(0, BK)
     w = decode(parts, tl.program_id(1) * BK, rn, N, K, BK, SPEC, TRIPLE)

@@ -1,9 +1,10 @@
 # mypy: allow-untyped-defs
 """Minifloat on a device: float(code) * scale, as in minifloat.py.
 
-Codes are turned into floats with integer operations, so FP8 weights run on GPUs from before FP8 (below sm_89). Both layouts line up
-with float16: an E5M2 byte is the high half of one, E4M3 has the exponent one bit shorter and biased by 7 instead of 15 (factor 2**8).
-Subnormals come out right because float16 has them at the same place; only E4M3's NaN (all ones) is not float16's.
+Codes are turned into floats with integer operations, so FP8 weights run on GPUs from before FP8 (below sm_89). Both
+layouts line up with float16: an E5M2 byte is the high half of one, E4M3 has the exponent one bit shorter and biased
+by 7 instead of 15 (factor 2**8). Subnormals come out right because float16 has them at the same place; only E4M3's
+NaN (all ones) is not float16's.
 """
 
 from . import tiles

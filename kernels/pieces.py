@@ -1,8 +1,9 @@
 """Cutting a QTensor by output rows, so that decoding it needs a bounded amount of memory.
 
-Most tensors are cut as they are. Two rewrites, both exact and made of views or of data 1/group the size, make more of them so:
-a `flat` view whose groups do not straddle rows is the plain layout, and a two-level scale is expanded to float32. What is left
-(HQQ axis 0, flat groups that straddle rows, as 64-wide groups do in a 172-wide weight) comes as one piece.
+Most tensors are cut as they are. Two rewrites, both exact and made of views or of data 1/group the size, make more of
+them so: a `flat` view whose groups do not straddle rows is the plain layout, and a two-level scale is expanded to
+float32. What is left (HQQ axis 0, flat groups that straddle rows, as 64-wide groups do in a 172-wide weight) comes as
+one piece.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ def straighten(q: QTensor) -> QTensor:
 
 
 def flat_scales(q: QTensor) -> QTensor:
-    """The same weight with its two-level scale expanded to one float32 level; a one-level tensor is returned as it is."""
+    """The same weight with its two-level scale expanded to one float32 level; a one-level tensor is returned as it
+    is."""
     if q.spec.two_level is None:
         return q
     parts = {k: t for k, t in q.parts.items() if k not in ("super_scales", "scale_table", "scale_offset")}

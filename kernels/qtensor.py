@@ -1,7 +1,7 @@
 """QTensor: one quantized weight in memory, in its family's form, whatever file it came from.
 
-The weight [N, K] is seen as a matrix [R, C] (`Spec.view`; almost always the weight itself) whose rows are cut into groups of
-`Spec.group` columns. Parts are named tensors:
+The weight [N, K] is seen as a matrix [R, C] (`Spec.view`; almost always the weight itself) whose rows are cut into
+groups of `Spec.group` columns. Parts are named tensors:
 
     codes   int32 [R, words(C, bits)] dense bit stream (kernels/bits.py)
     scales  [R / rows, C / group] in the dtype the spec names (rounded up where they do not divide)
@@ -32,7 +32,8 @@ class QTensor:
     spec: Spec
     shape: tuple[int, int]
     parts: Mapping[str, Tensor]
-    # What the dialect needs to write the same bytes again and no kernel reads (static activation scales, producer's metadata).
+    # What the dialect needs to write the same bytes again and no kernel reads (static activation scales, producer's
+    # metadata).
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,7 +58,8 @@ class QTensor:
         return replace(self, parts={k: t.to(device) for k, t in self.parts.items()})
 
     def rows(self, start: int, stop: int) -> "QTensor":
-        """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or the view hides the rows."""
+        """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or the view hides the
+        rows."""
         tile = self.spec.rows
         if tile > 1 and (start % tile or (stop % tile and stop != self.shape[0])):
             raise ValueError(f"{self.spec}: rows {start}..{stop} of {self.shape[0]} cut a tile of {tile} rows")

@@ -1,7 +1,8 @@
-"""QTensor <-> the layout of the device templates (tiles.py): codes as bit planes [words, N] along K, scales and zero points [G, R'].
+"""QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
-Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a device. Bytes stay
-what they were, but for K padded to a multiple of 32. Nothing is expanded: a scale shared by 128 rows is stored once.
+Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
+device. Bytes stay what they were, but for K padded to a multiple of 32. Nothing is expanded: a scale shared by 128
+rows is stored once.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ _METADATA = ("scales", "zeros")
 class Packed:
     """A weight in the device layout. Made by `pack`."""
 
-    # Of the tensor it was made from, and that spec with `view`, `pre` and `act` cleared: what the kernels are compiled for.
+    # Of the tensor it was made from, and that spec with `view`, `pre` and `act` cleared: what the kernels are
+    # compiled for.
     original: Spec
     spec: Spec
     # (out_features N, in_features K)
@@ -33,7 +35,7 @@ class Packed:
 
 
 def supported(q: QTensor) -> str:
-    """Why the device templates cannot take `q`, or "" where they can. The caller then dequantizes with the torch twin."""
+    """Why the device templates cannot take `q` (the caller then dequantizes with the torch twin), or ""."""
     spec = q.spec
     if find_spec(f".{spec.family}_device", __package__) is None:
         return f"{spec}: no device code for the {spec.family} family yet"

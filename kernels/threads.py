@@ -1,8 +1,9 @@
 """How many threads torch should use on the CPU: one per physical core this process may run on.
 
-Two hyperthreads of a core share one set of vector units, and more OpenMP threads than free cores makes every parallel region
-wait for a descheduled thread (measured 10 to 30 times slower), so the default counts cores, within the affinity mask and the
-container's CPU quota. `OMP_NUM_THREADS` and an explicit number win. Pinning threads to cores is left to the operating system.
+Two hyperthreads of a core share one set of vector units, and more OpenMP threads than free cores makes every parallel
+region wait for a descheduled thread (measured 10 to 30 times slower), so the default counts cores, within the
+affinity mask and the container's CPU quota. `OMP_NUM_THREADS` and an explicit number win. Pinning threads to cores is
+left to the operating system.
 """
 
 import os
@@ -16,7 +17,8 @@ from ..errors import UserError
 def physical_cores(root: Path = Path("/")) -> int:
     """Physical cores in the affinity mask, at most the whole cores of the cgroup's CPU quota, at least 1.
 
-    `root` holds `sys` and `proc`. Where the topology is not published (macOS, Windows) every logical CPU counts as a core.
+    `root` holds `sys` and `proc`. Where the topology is not published (macOS, Windows) every logical CPU counts as a
+    core.
     """
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = {_core(root, cpu) for cpu in allowed}
@@ -46,7 +48,8 @@ def _core(root: Path, cpu: int) -> tuple[str, str]:
 
 
 def _quotas(root: Path) -> list[int]:
-    """Whole cores granted by each cgroup limit found: version 2 from this process's group up to the root, then version 1."""
+    """Whole cores granted by each cgroup limit found: version 2 from this process's group up to the root, then
+    version 1."""
     found = []
     base = root / "sys/fs/cgroup"
     own = next((line[3:] for line in _read(root / "proc/self/cgroup").splitlines() if line.startswith("0::")), "/")

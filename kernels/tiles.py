@@ -3,13 +3,14 @@
 
 A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a `Parts`, absent ones None:
 
-    codes   int32 [bits * ceil(K / 32), N]: bit planes of 8, 4, 2 or 1 bits, widest (= lowest bits) first, ceil(K / 32) * width rows
-            each. Row j of a plane holds its bits of inputs j * 32 / width ..., low bits first. A power-of-two width is one plane;
-            3 is 2 + 1, 5 is 4 + 1, 6 is 4 + 2, 7 is 4 + 2 + 1. So no code straddles a word, every tile is whole words whatever the
-            width, and each word is loaded once. A dense bit stream of 3 or 7 bits has tiles of 3 or 7 words per 32 codes, and
-            Triton's tensors are powers of two.
-    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; table float32 [2**bits]
-    super_scales, scale_table, scale_offset   second level of the scales, indexed by the row-major order of the original [R', G]
+    codes   int32 [bits * ceil(K / 32), N]: bit planes of 8, 4, 2 or 1 bits, widest (= lowest bits) first, each of
+            ceil(K / 32) * width rows. Row j of a plane holds its bits of inputs j * 32 / width ..., low bits first.
+            A power-of-two width is one plane; 3 is 2 + 1, 5 is 4 + 1, 6 is 4 + 2, 7 is 4 + 2 + 1. So no code straddles
+            a word, every tile is whole words whatever the width, and each is loaded once. (A dense stream of 3 or 7
+            bits has tiles of 3 or 7 words per 32 codes, and Triton's tensors are powers of two.)
+    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype
+    table           float32 [2**bits]
+    super_scales, scale_table, scale_offset   second level of the scales, by the row-major order of [R', G]
 
 K and N are masked: words, scales and zero points beyond them read as 0, and whoever multiplies masks its input.
 """
@@ -45,8 +46,8 @@ class Triple(NamedTuple):
 
     @property
     def cache_key(self) -> str:
-        """Source digest. Triton prints a constexpr tuple into its disk cache key, and a function prints as its name: without this
-        an edited decode would run as its old self."""
+        """Source digest. Triton prints a constexpr tuple into its disk cache key, and a function prints as its name:
+        without this an edited decode would run as its old self."""
         return "-".join(fn.cache_key for fn in self)
 
 
@@ -125,9 +126,8 @@ def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
     elif parts.super_scales is None:
         return stored.to(tl.float32)
     else:
-        if parts.scale_table is None:
-            code = stored.to(tl.float32)
-        else:
+        code = stored.to(tl.float32)
+        if parts.scale_table is not None:
             code = tl.load(parts.scale_table + stored.to(tl.int32))
         inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
         place = (rn // SPEC.rows if SPEC.rows != -1 else rn * 0)[None, :] * _count(K, SPEC) + g[:, None]

@@ -91,17 +91,17 @@ def _short(value: object) -> str:
     return f"<tensor {list(value.shape)}>" if isinstance(value, Tensor) else repr(value)
 
 
-def make_paged(model: PreTrainedModel, max_model_len: int) -> dict[int, KVShape]:
+def make_paged(model: PreTrainedModel, max_model_len: int, warm_up_tokens: int = 2) -> dict[int, KVShape]:
     """Prepare `model` in place for paged steps of sequences up to `max_model_len` tokens -> what each layer caches.
 
-    UserError names the model_type and the reason where this model cannot be served.
+    `warm_up_tokens` is the length of the one forward this runs. UserError names the model_type and the reason where this model cannot be served.
     """
     check_supported(model)
     # transformers validates the name against its interface and passes it to every sub-config.
     model.set_attn_implementation(ATTENTION)
     model.eval()
     freeze_rope(model, max_model_len)
-    return warm_up(model)
+    return warm_up(model, warm_up_tokens)
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -148,21 +148,28 @@ def _freeze(module: nn.Module, kind: str, max_model_len: int, prefix: str, kwarg
 
 
 @torch.inference_mode()
-def warm_up(model: PreTrainedModel) -> dict[int, KVShape]:
-    """One forward of two tokens -> KVShape per layer index.
+def warm_up(model: PreTrainedModel, tokens: int = 2) -> dict[int, KVShape]:
+    """One forward of `tokens` tokens -> KVShape per layer index.
 
-    UserError unless attention was called once for each layer.
+    UserError unless attention was called once for each layer, and logits came back for the one row asked for.
     """
     config = model.config.get_text_config()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     record = WarmUp()
     with running(record):
-        model(input_ids=ids, position_ids=torch.arange(2, device=ids.device).unsqueeze(0), use_cache=False)
+        positions = torch.arange(tokens, device=ids.device).unsqueeze(0)
+        last = positions[0, -1:]
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=last).logits
     calls = Counter(layer for layer, _ in record.calls)
     if calls != Counter(range(config.num_hidden_layers)):
         raise UserError(
             f"model_type {config.model_type!r} cannot be served: of its {config.num_hidden_layers} layers "
             f"{len(calls)} called the paged attention function ({sum(calls.values())} calls in one forward, one per "
             "layer expected), so attention would not see the KV cache; use a plain forward (load_model, eval) for it"
+        )
+    if logits.shape[1] != 1:
+        raise UserError(
+            f"model_type {config.model_type!r} cannot be served: it ignores logits_to_keep ({logits.shape[1]} rows of "
+            "logits, 1 asked for); use a plain forward (load_model, eval) for it"
         )
     return dict(sorted(record.calls))

@@ -102,6 +102,11 @@ class Checkpoint:
             raise UserError(self._no_weights())
         return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118 (safe_open is no mapping)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._where.values())) if self._native is None else [self.path / _NATIVE_HQQ]
+
     def _no_weights(self) -> str:
         pickles = sorted(p.name for p in self.path.glob("*.bin"))
         if pickles:

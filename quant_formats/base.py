@@ -1,27 +1,27 @@
-"""What a dialect is: the mapping between one on-disk layout and a family. One file each; the file name is the registry key.
+"""What a dialect is: the mapping between one on-disk layout and a family. One file each, found by its file name.
 
 A dialect is a module with
 
     NAMES                            the --format values it answers to; the first is its plain name
     SUFFIXES                         tensor names, relative to a module, that belong to a quantized weight
-    MARK                             the suffix whose presence says "this module is quantized" (contents decide, not names)
+    MARK                             the suffix whose presence says "this module is quantized": contents decide
     SIDECAR                          file that repeats quantization_config for older readers, or ""
     detect(config) -> Recipe | None  from a quantization_config; UserError on a field value it does not know
     recipe(options) -> Recipe        from what the user asked for; UserError on what the layout cannot hold
-    shaped(spec, shape) -> Spec      the spec as a weight of this shape takes it (a flat view where groups straddle rows)
+    shaped(spec, shape) -> Spec      the spec as a weight of this shape takes it: flat where groups straddle rows
     check(spec, shape) -> str        why a weight of this shape cannot be stored, with the fix; "" when it can
     load(read, name, shape, recipe) -> QTensor
     save(q, recipe) -> {suffix: tensor}          save(load(x)) == x, byte for byte
     config(recipe) -> dict           the quantization_config to write
 
-and no algorithm: quantizers live in calibrate/ and see only grids. `QTensor.extra` holds, by suffix, tensors of the file that `save`
-cannot compute from the parts; they win over what it computes.
+and no algorithm: quantizers live in calibrate/ and see only grids. What `save` cannot compute from the parts travels in
+`QTensor.extra`, by suffix: those tensors of the file win over computed ones.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -39,7 +39,7 @@ Rule = tuple[str, Spec | Literal["skip"]]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which module gets which spec. Set by a dialect's `detect` or `recipe`; `with_rules` puts more specific rules in front."""
+    """Which module gets which spec. Set by a dialect's `detect` or `recipe`; `with_rules` puts finer rules in front."""
 
     format: str
     # (pattern, spec or "skip"), first match wins. A pattern is a shell glob over the module path, or "re:" and a regex.
@@ -148,7 +148,8 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Format, Recipe] | Non
     kind = quantization.get("quant_method", "<none>")
     raise UserError(
         f"{where}: quantization_config has quant_method {kind!r}, which bitsmith does not read yet "
-        f"(it reads {', '.join(formats())}). Nothing was loaded. Fix: use the unquantized checkpoint, or one of those formats."
+        f"(it reads {', '.join(formats())}). Nothing was loaded. "
+        f"Fix: use the unquantized checkpoint, or one of those formats."
     )
 
 
@@ -157,7 +158,8 @@ def bits_among(options: Options, accepted: tuple[int, ...], default: int, fix: s
     bits = default if options.bits is None else options.bits
     if bits not in accepted:
         raise UserError(
-            f"--bits {bits} is not possible with --format {options.format}: accepted {', '.join(map(str, accepted))}. Fix: {fix}"
+            f"--bits {bits} is not possible with --format {options.format}: accepted {', '.join(map(str, accepted))}. "
+            f"Fix: {fix}"
         )
     return bits
 
@@ -166,7 +168,9 @@ def group_size(options: Options, default: int) -> int:
     """The asked-for group size, -1 meaning one group per row."""
     size = default if options.group_size is None else options.group_size
     if size != -1 and size < 1:
-        raise UserError(f"--group-size {size}: accepted -1 (one group per row) or a positive number, usually 32, 64 or 128")
+        raise UserError(
+            f"--group-size {size}: accepted -1 (one group per row) or a positive number, usually 32, 64 or 128"
+        )
     return size
 
 
@@ -182,6 +186,13 @@ def divides(spec: Spec, shape: tuple[int, int]) -> str:
     )
 
 
+def straddles(spec: Spec, shape: tuple[int, int]) -> str:
+    """For the `check` of dialects whose groups may straddle rows: what is wrong with a spec `shaped` has not seen."""
+    if spec.view or spec.group == -1 or shape[1] % spec.group == 0:
+        return ""
+    return f"groups of {spec.group} straddle rows of {shape[1]} inputs, which {spec} does not say; see Format.shaped"
+
+
 def known(value: Any, accepted: tuple[Any, ...], field_name: str, method: str) -> Any:
     """`value` if the dialect knows it; else a UserError naming the field, the value and what is accepted."""
     if value not in accepted:
@@ -190,13 +201,16 @@ def known(value: Any, accepted: tuple[Any, ...], field_name: str, method: str) -
     return value
 
 
+_PATH_START, _PATH_END = r".*(^|\.)", r"(\.|$)"
+
+
 def not_converted(patterns: list[str] | None) -> tuple[Rule, ...]:
     """modules_to_not_convert / skip_modules entries (a path, or a part of one) as skip rules."""
-    return tuple((f"re:.*(^|\\.){re.escape(p)}(\\.|$)", "skip") for p in patterns or ())
+    return tuple((f"re:{_PATH_START}{re.escape(p)}{_PATH_END}", "skip") for p in patterns or ())
 
 
 def unconverted(recipe: Recipe) -> list[str] | None:
-    """modules_to_not_convert of a recipe: its skip rules as paths or parts of paths; what the file said where it has none."""
+    """modules_to_not_convert of a recipe: its skip rules as paths or parts of them; what the file said without any."""
     found = [_plain(pattern) for pattern, spec in recipe.rules if spec == "skip"]
     return found if found else recipe.options.get("modules_to_not_convert", [])
 
@@ -206,8 +220,16 @@ def _plain(pattern: str) -> str:
     if not pattern.startswith("re:"):
         return pattern.removeprefix("*").removeprefix(".").removesuffix("*").removesuffix(".")
     regex = pattern[3:]
-    inner = regex.removeprefix("(?:.*\\.)?").removesuffix("(?:\\..*)?$")
+    inner = regex.removeprefix(_PATH_START).removesuffix(_PATH_END)
     return re.sub(r"\\(.)", r"\1", inner) if inner != regex else regex
+
+
+def regex_of(pattern: str) -> str:
+    """A rule's pattern as the regex that gptqmodel's `dynamic` takes."""
+    if pattern.startswith("re:"):
+        return pattern[3:]
+    # fnmatch wraps its result in a flag group and an end anchor, spelled differently between Python versions.
+    return translate(pattern).removeprefix("(?s:").removesuffix(")\\Z").removesuffix(")\\z")
 
 
 def fixed(options: Options, why: str, **accepted: Any) -> None:
@@ -215,8 +237,9 @@ def fixed(options: Options, why: str, **accepted: Any) -> None:
     for name, value in accepted.items():
         asked = getattr(options, name)
         if asked is not None and asked != value:
-            flag = {"group_size": "--group-size", "desc_act": "--desc-act", "sym": "--sym"}[name]
-            raise UserError(f"{flag} {asked} is not possible with --format {options.format}: {why}. Fix: leave {flag} out")
+            flag = f"--{name}".replace("_", "-")
+            flag = {"--group-size": f"{flag} {asked}", "--sym": "--sym" if asked else "--asym"}.get(flag, flag)
+            raise UserError(f"{flag} is not possible with --format {options.format}: {why}. Fix: leave it out")
 
 
 def sized(read: Reader, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -234,7 +257,9 @@ def float_name(tensor: Tensor, name: str) -> str:
     """How a Spec spells the dtype of a tensor of scales; UserError where it is no float of 16 or 32 bits."""
     found = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}.get(tensor.dtype)
     if found is None:
-        raise UserError(f"tensor {name} has dtype {tensor.dtype}; accepted: float16, bfloat16, float32. Fix: fetch the file again")
+        raise UserError(
+            f"tensor {name} has dtype {tensor.dtype}; accepted: float16, bfloat16, float32. Fix: fetch the file again"
+        )
     return found
 
 

@@ -3,14 +3,14 @@
     qweight int32 [K*bits/32, N]      codes packed along K, low bits first: the transpose of our `codes`
     qzeros  int32 [G, N*bits/32]      zero points packed along N; "gptq" (v1) stores zero - 1, "gptq_v2" the zero itself
     scales  f16   [G, N]
-    g_idx   int32 [K]                 group of each input; where it is not i // group_size (desc_act), its stable argsort is `perm`
+    g_idx   int32 [K]                 group of each input; unless that is i // group_size, its stable argsort is `perm`
 
 W[n, k] = (code - zero[g_idx[k], n]) * scale[g_idx[k], n].
 
-v1 subtracts one from the whole int32 word, not per field: a zero point of 0 borrows from its neighbour. Adding the same constant
-to the word undoes it exactly, which is what gptqmodel (its writer) does and so do we; 3-bit fields wrap one by one. Kernels that add
-one per field read such files differently (specs: 5 of 36,864 zero points in a 2-bit model).
-Left out: the planar layout gptq_p (5, 6, 7 bits).
+v1 subtracts one from the whole int32 word, not per field: a zero point of 0 borrows from its neighbour. Adding the
+same constant to the word undoes it exactly, which is what gptqmodel (its writer) does and so do we; 3-bit fields wrap
+one by one. Kernels that add one per field read such files differently (specs: 5 of 36,864 zero points in a 2-bit
+model). Left out: the planar layout gptq_p (5, 6, 7 bits).
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from ..errors import UserError
 from ..kernels import bits
 from ..kernels.qtensor import QTensor
 from ..kernels.spec import Spec
-from .base import Options, Reader, Recipe, Rule, bits_among, divides, group_size, known
+from .base import Options, Reader, Recipe, Rule, bits_among, divides, float_name, group_size, known, regex_of, sized
 
 NAMES = ("gptq",)
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -36,10 +36,14 @@ _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 def detect(config: Mapping[str, Any]) -> Recipe | None:
     if config.get("quant_method") != "gptq":
         return None
-    version = known(config.get("checkpoint_format", config.get("format", "gptq")), ("gptq", "gptq_v2"), "checkpoint_format", "gptq")
+    version = known(
+        config.get("checkpoint_format", config.get("format", "gptq")), ("gptq", "gptq_v2"), "checkpoint_format", "gptq"
+    )
     known(config.get("pack_dtype", "int32"), ("int32",), "pack_dtype", "gptq")
     width = known(config.get("bits"), BITS, "bits", "gptq")
-    spec = _spec(width, config.get("group_size", 128), bool(config.get("sym", True)), bool(config.get("desc_act", False)))
+    spec = _spec(
+        width, config.get("group_size", 128), bool(config.get("sym", True)), bool(config.get("desc_act", False))
+    )
     rules = tuple(_dynamic(pattern, override, spec) for pattern, override in (config.get("dynamic") or {}).items())
     options = {k: config[k] for k in ("desc_act", "meta", "lm_head", "dynamic") if k in config}
     return Recipe("gptq", (*rules, ("*", spec)), {"checkpoint_format": version, **options})
@@ -50,7 +54,7 @@ def _spec(width: int, group: int, sym: bool, desc_act: bool) -> Spec:
 
 
 def _dynamic(pattern: str, override: Mapping[str, Any] | bool, base: Spec) -> Rule:
-    """gptqmodel's per-module overrides: "-:regex" skips, "+:regex" or a bare regex changes bits, group_size, sym, desc_act."""
+    """gptqmodel's per-module overrides: "-:regex" skips, "+:regex" or a regex changes bits, group_size, sym ..."""
     if pattern.startswith("-:"):
         return f"re:{pattern[2:]}", "skip"
     change = override if isinstance(override, Mapping) else {}
@@ -64,10 +68,14 @@ def _dynamic(pattern: str, override: Mapping[str, Any] | bool, base: Spec) -> Ru
 
 
 def recipe(options: Options) -> Recipe:
-    width = bits_among(options, BITS, 4, "choose one of those, or --format hqq for 1 to 8 bits")
+    width = bits_among(options, BITS, 4, "choose one of those, or --format hqq for 1, 2, 3, 4 or 8 bits")
     sym = True if options.sym is None else options.sym
     spec = _spec(width, group_size(options, 128), sym, bool(options.desc_act))
     return Recipe("gptq", (("*", spec),), {"checkpoint_format": "gptq", "desc_act": bool(options.desc_act)})
+
+
+def shaped(spec: Spec, shape: tuple[int, int]) -> Spec:
+    return spec
 
 
 def check(spec: Spec, shape: tuple[int, int]) -> str:
@@ -87,9 +95,9 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
     assert spec is not None
     n, k = shape
     groups = 1 if spec.group == -1 else -(-k // spec.group)
-    qweight = _sized(read, f"{name}.qweight", (bits.words(k, spec.bits), n))
-    qzeros = _sized(read, f"{name}.qzeros", (groups, bits.words(n, spec.bits)))
-    scales = _sized(read, f"{name}.scales", (groups, n))
+    qweight = sized(read, f"{name}.qweight", (bits.words(k, spec.bits), n))
+    qzeros = sized(read, f"{name}.qzeros", (groups, bits.words(n, spec.bits)))
+    scales = sized(read, f"{name}.scales", (groups, n))
     parts = {"codes": qweight.T.contiguous(), "scales": scales.T.contiguous()}
     zeros = _zeros(qzeros, spec.bits, n, recipe)
     if spec.zero == "asym" or bool((zeros != 1 << (spec.bits - 1)).any()):
@@ -101,25 +109,10 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
     if perm is not None:
         parts["perm"] = perm
     if scales.dtype != torch.float16:
-        spec = Spec(spec.family, spec.bits, spec.group, scale=_scale_name(scales, name), zero=spec.zero, pre=spec.pre)
-    return QTensor(spec, shape, parts, extra)
-
-
-def _scale_name(scales: Tensor, name: str) -> str:
-    found = {torch.bfloat16: "bf16", torch.float32: "f32"}.get(scales.dtype)
-    if found is None:
-        raise UserError(f"{name}.scales has dtype {scales.dtype}; GPTQ scales are float16, bfloat16 or float32")
-    return found
-
-
-def _sized(read: Reader, name: str, shape: tuple[int, int]) -> Tensor:
-    tensor = read(name)
-    if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"tensor {name} has shape {tuple(tensor.shape)}, expected {shape} from the quantization_config. "
-            f"Fix: bits, group_size and `dynamic` in config.json must be those the file was written with"
+        spec = Spec(
+            spec.family, spec.bits, spec.group, scale=float_name(scales, f"{name}.scales"), zero=spec.zero, pre=spec.pre
         )
-    return tensor
+    return QTensor(spec, shape, parts, extra)
 
 
 def _zeros(qzeros: Tensor, width: int, n: int, recipe: Recipe) -> Tensor:
@@ -149,14 +142,16 @@ def _perm(
         return None
     perm = torch.argsort(g_idx, stable=True)
     if not torch.equal(g_idx[perm], sequential):
-        raise UserError(f"tensor {name}.g_idx does not give every group {group} inputs. Fix: the file is damaged; fetch it again")
+        raise UserError(
+            f"tensor {name}.g_idx does not give every group {group} inputs. Fix: the file is damaged; fetch it again"
+        )
     codes = bits.unpack(parts["codes"], width, k)
     parts["codes"] = bits.pack(codes[:, perm], width)
     return perm.to(torch.int32)
 
 
 def save(q: QTensor, recipe: Recipe) -> dict[str, Tensor]:
-    n, k = q.shape
+    k = q.shape[1]
     spec, codes = q.spec, q.parts["codes"]
     g_idx = torch.arange(k) // (k if spec.group == -1 else spec.group)
     if spec.pre:
@@ -189,7 +184,7 @@ def config(recipe: Recipe) -> dict[str, Any]:
     spec = recipe.default
     dynamic = dict(recipe.options.get("dynamic") or {})
     for pattern, override in recipe.rules[:-1]:
-        regex = pattern.removeprefix("re:") if pattern.startswith("re:") else _glob_regex(pattern)
+        regex = regex_of(pattern)
         if override == "skip":
             dynamic.setdefault(f"-:{regex}", {})
         elif f"+:{regex}" not in dynamic and regex not in dynamic:
@@ -212,9 +207,3 @@ def config(recipe: Recipe) -> dict[str, Any]:
 
 def _override(spec: Spec) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": spec.group, "sym": spec.zero == "sym", "desc_act": bool(spec.pre)}
-
-
-def _glob_regex(pattern: str) -> str:
-    import fnmatch
-
-    return fnmatch.translate(pattern).removeprefix("(?s:").removesuffix(")\\Z").removesuffix(")\\z")

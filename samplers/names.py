@@ -1,10 +1,11 @@
 """Names other servers' clients send, and what becomes of them here.
 
-Four tables, each checked by tests: ALIASES translate to our name; UNSUPPORTED names are accepted at their neutral value and refused, by
-name, at any other, because silently ignoring a sampler is worse than an error; COMPANIONS tune another parameter and have no effect while
-that one is neutral; IGNORED never influence the text. Anything else is a UserError that suggests the nearest known name.
+ALIASES translate to our name. UNSUPPORTED names are accepted at their neutral value and refused, by name, at any other:
+silently ignoring a sampler is worse than an error. PENALTY_RANGES have no effect while no penalty is on. IGNORED never
+influence the text. Anything else is a UserError that suggests the nearest known name.
 
-Sources: the public request schemas of OpenAI, vLLM, Aphrodite, llama.cpp, TabbyAPI, KoboldCpp, Ollama, text-generation-webui.
+Sources: the public request schemas of OpenAI, vLLM, Aphrodite, llama.cpp, TabbyAPI, KoboldCpp, Ollama and
+text-generation-webui.
 """
 
 import difflib
@@ -104,35 +105,27 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "xtc_probability": (0,),
 }
 
-# name: the parameter it tunes. Any value is fine while that parameter is neutral.
-COMPANIONS: dict[str, str] = {
-    "adaptive_decay": "adaptive_target",
-    "dry_allowed_length": "dry_multiplier",
-    "dry_base": "dry_multiplier",
-    "dry_penalty_last_n": "dry_multiplier",
-    "dry_range": "dry_multiplier",
-    "dry_sequence_breakers": "dry_multiplier",
-    "dynatemp_exponent": "dynatemp_range",
-    "mirostat_eta": "mirostat",
-    "mirostat_tau": "mirostat",
-    "penalty_last_n": "repetition_penalty",
-    "penalty_range": "repetition_penalty",
-    "rep_pen_range": "repetition_penalty",
-    "rep_pen_slope": "repetition_penalty",
-    "repeat_last_n": "repetition_penalty",
-    "repetition_decay": "repetition_penalty",
-    "repetition_penalty_range": "repetition_penalty",
-    "repetition_range": "repetition_penalty",
-    "smoothing_curve": "smoothing_factor",
-    "xtc_threshold": "xtc_probability",
-}
+# How far back penalties look. Ours see the whole prompt and output, which -1 asks for.
+PENALTY_RANGES = frozenset(
+    {
+        "penalty_last_n",
+        "penalty_range",
+        "rep_pen_range",
+        "rep_pen_slope",
+        "repeat_last_n",
+        "repetition_decay",
+        "repetition_penalty_range",
+        "repetition_range",
+    }
+)
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 IGNORED = frozenset(
     {
+        # Bookkeeping.
         "cache_prompt",
         "id_slot",
         "metadata",
-        "min_keep",
         "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
@@ -144,6 +137,19 @@ IGNORED = frozenset(
         "store",
         "timings_per_token",
         "user",
+        # These only tune a sampler of UNSUPPORTED, which is off if the request gets this far.
+        "adaptive_decay",
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_range",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "min_keep",
+        "mirostat_eta",
+        "mirostat_tau",
+        "smoothing_curve",
+        "xtc_threshold",
     }
 )
 
@@ -156,53 +162,43 @@ def _warn_once(message: str) -> None:
 def translate(request: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments for SamplingParams from a client's `request`; `neutral` maps each of its fields to the default.
 
-    None counts as absent. UserError for an unknown name, an unsupported parameter that would change the text, a companion of a parameter
-    in use, or two names of one parameter with different values.
+    None counts as absent. UserError for an unknown name, an unsupported parameter that would change the text, or two
+    names of one parameter with different values.
     """
-    given = {name: value for name, value in request.items() if value is not None}
     params: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for name, value in given.items():
+    foreign: dict[str, Any] = {}
+    for name, value in request.items():
         target = ALIASES.get(name, name)
-        if target in neutral:
-            if target in params and params[target] != value:
-                raise UserError(
-                    f"{sources[target]} and {name} are the same parameter with different values: send one of them"
-                )
+        if value is None:
+            continue
+        if target not in neutral:
+            foreign[name] = value
+        elif target in params and params[target] != value:
+            raise UserError(f"{sources[target]} and {name} are one parameter with two values: send one of them")
+        else:
             params[target], sources[target] = value, name
-    for name, value in given.items():
-        if ALIASES.get(name, name) not in neutral:
-            _check_foreign(name, value, params, given, neutral)
+    penalised = any(params.get(name, neutral[name]) != neutral[name] for name in _PENALTIES)
+    for name, value in foreign.items():
+        if name in UNSUPPORTED:
+            _check_unsupported(name, value)
+        elif name in PENALTY_RANGES:
+            if penalised and value != -1:
+                raise UserError(f"{name} is not supported (got {value!r}), penalties see all of the text: remove it")
+        elif name not in IGNORED:
+            raise UserError(f"unknown parameter {name}: {_suggestion(name, neutral)}")
     return params
 
 
-def _check_foreign(
-    name: str, value: Any, params: Mapping[str, Any], given: Mapping[str, Any], neutral: Mapping[str, Any]
-) -> None:
-    """UserError unless leaving `name` out cannot change the text."""
-    if name in IGNORED:
-        return
-    if name in UNSUPPORTED:
-        if not _is_neutral(name, value):
-            raise UserError(f"{name} is not supported by this server (got {value!r}): remove it{_or_neutral(name)}")
-        _warn_once(f"{name} is not supported; its neutral value was accepted and has no effect")
-    elif name in COMPANIONS:
-        tuned = COMPANIONS[name]
-        in_use = params.get(tuned, neutral[tuned]) != neutral[tuned] if tuned in neutral else False
-        if in_use:
-            raise UserError(f"{name} is not supported by this server (got {value!r}): remove it; {tuned} works without")
-        _warn_once(f"{name} is not supported; it has no effect while {tuned} is not in use")
-    else:
-        known = [*neutral, *ALIASES, *UNSUPPORTED, *COMPANIONS]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else f"the sampling parameters are {', '.join(neutral)}"
-        raise UserError(f"unknown parameter {name}: {hint}")
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    return value in ("", [], {}) or value in UNSUPPORTED[name]
-
-
-def _or_neutral(name: str) -> str:
+def _check_unsupported(name: str, value: Any) -> None:
+    """UserError unless `value` leaves the text as it is without the parameter."""
     values = UNSUPPORTED[name]
-    return f" or set it to {values[0]!r}" if values else ""
+    if value not in ("", [], {}) and value not in values:
+        otherwise = f" or set it to {values[0]!r}" if values else ""
+        raise UserError(f"{name} is not supported (got {value!r}): remove it{otherwise}")
+    _warn_once(f"{name} is not supported; its neutral value was accepted and has no effect")
+
+
+def _suggestion(name: str, neutral: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, [*neutral, *ALIASES, *UNSUPPORTED, *PENALTY_RANGES], n=1)
+    return f"did you mean {near[0]}?" if near else f"the sampling parameters are {', '.join(neutral)}"

@@ -1,11 +1,11 @@
-"""Every sampling parameter, declared once: the Python API, the command line's flags and the HTTP server all read this dataclass.
+"""Every sampling parameter, declared once: the Python API, the command line's flags and the server read this dataclass.
 
 A field's default is its neutral value: a sampler whose fields are all at their defaults changes nothing and is skipped
-(samplers/pipeline.py). `metadata` holds what a field accepts and its help text. A new sampler adds one field here, one function in
-steps.py and its place in pipeline.ORDER. Names of other servers are translated in samplers/names.py.
+(samplers/pipeline.py). `metadata` holds what a field accepts and its help text. A new sampler adds one field here, one
+function in steps.py and its place in pipeline.ORDER. Names of other servers are translated in samplers/names.py.
 
-Left out: `n` (the server asks n times) and beam search (deterministic decoding that no chat client uses). No torch here: the scheduler
-imports this file and must stay free of it.
+Left out: `n` (the server asks n times) and beam search (deterministic decoding that no chat client uses). No torch
+here: the scheduler imports this file and must stay free of it.
 """
 
 import json
@@ -17,54 +17,63 @@ from typing import Any
 from ..errors import UserError
 from .names import translate
 
-# Below this a division by the temperature could overflow float32, and nobody can tell the result from greedy. vLLM draws the same line.
+# Below this, dividing by the temperature could overflow float32, and nobody can tell the result from greedy. vLLM draws
+# the same line.
 GREEDY_BELOW = 1e-5
 
 
-def _param(default: Any, kind: str, help: str, low: float | None = None, high: float | None = None, **more: Any) -> Any:
-    """A field whose value is a `kind` within [low, high]; `above` and `optional` (None allowed) are further limits."""
-    return field(default=default, metadata={"kind": kind, "help": help, "low": low, "high": high, **more})
+def _about(kind: str, help: str, low: float | None = None, high: float | None = None, **more: bool) -> dict[str, Any]:
+    """Metadata of a field whose value is a `kind` within [low, high].
+
+    `above`: low itself is refused; `optional`: None is allowed.
+    """
+    return {"kind": kind, "help": help, "low": low, "high": high, **more}
+
+
+_TEMPERATURE = _about("float", "divides the logits; 0 picks the most likely token (greedy)", 0)
+_TOP_K = _about("int", "keep the k most likely tokens; 0 or -1 keeps all", 0)
+_TOP_P = _about("float", "keep the smallest set of tokens with at least this probability", 0, 1, above=True)
+_MIN_P = _about("float", "keep tokens at least this fraction as likely as the most likely one", 0, 1)
+_REPETITION = _about("float", "above 1 makes tokens of the prompt and the output less likely", 0, above=True)
+_PRESENCE = _about("float", "subtracted once from the logit of every token in the output", -2, 2)
+_FREQUENCY = _about("float", "subtracted from a token's logit for each time it is in the output", -2, 2)
+_BIAS = _about("bias", 'added to the logits of single tokens, as JSON: {"token id": bias}', -100, 100, optional=True)
+_SEED = _about("int", "the same seed gives the same tokens, whatever else runs", -(2**63), 2**63 - 1, optional=True)
+_STOP = _about("strings", "end the output before this text (may be repeated)")
+_STOP_IDS = _about("ints", "end the output at this token id (may be repeated)", 0)
+_IGNORE_EOS = _about("bool", "go on after the end-of-sequence token")
+_MAX_TOKENS = _about("int", "most tokens to generate; -1 or null: as many as the context holds", 1, optional=True)
+_MIN_TOKENS = _about("int", "no end-of-sequence and no stop token before this many tokens", 0)
+_LOGPROBS = _about("int", "report each token's log-probability and those of this many alternatives", 0, optional=True)
+_SKIP_SPECIAL = _about("bool", "leave special tokens out of the text")
+_INCLUDE_STOP = _about("bool", "keep the stop string at the end of the text")
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to turn logits into tokens and when to stop. UserError for a value out of range.
 
-    Spellings of one meaning are made equal at construction: `stop="x"` is `("x",)`, lists become tuples, top_k -1 is 0 and seed -1 is
-    None, and JSON's string keys of logit_bias become ints.
+    Spellings of one meaning are made equal at construction: `stop="x"` is `("x",)`, lists become tuples, top_k -1 is 0,
+    seed -1 and max_tokens -1 are None, and JSON's string keys of logit_bias become ints.
     """
 
-    temperature: float = _param(1.0, "float", "divides the logits; 0 picks the most likely token (greedy)", 0)
-    top_k: int = _param(0, "int", "keep the k most likely tokens; 0 or -1 keeps all", 0)
-    top_p: float = _param(
-        1.0, "float", "keep the smallest set of tokens with at least this probability", 0, 1, above=True
-    )
-    min_p: float = _param(0.0, "float", "keep tokens at least this fraction as likely as the most likely one", 0, 1)
-    repetition_penalty: float = _param(
-        1.0, "float", "above 1 makes tokens of the prompt and the output less likely", 0, above=True
-    )
-    presence_penalty: float = _param(0.0, "float", "subtracted once from the logit of tokens in the output", -2, 2)
-    frequency_penalty: float = _param(
-        0.0, "float", "subtracted from a token's logit for each time it is in the output", -2, 2
-    )
-    logit_bias: dict[int, float] | None = _param(
-        None, "bias", 'added to the logits of single tokens, as JSON: {"token id": bias}', -100, 100, optional=True
-    )
-    seed: int | None = _param(
-        None, "int", "the same seed gives the same tokens, whatever else runs", -(2**63), 2**63 - 1, optional=True
-    )
-    stop: tuple[str, ...] = _param((), "strings", "end the output before this text (may be repeated)")
-    stop_token_ids: tuple[int, ...] = _param((), "ints", "end the output at this token id (may be repeated)", 0)
-    ignore_eos: bool = _param(False, "bool", "go on after the end-of-sequence token")
-    max_tokens: int | None = _param(
-        16, "int", "most tokens to generate; -1 or null: all the context holds", 1, optional=True
-    )
-    min_tokens: int = _param(0, "int", "no end-of-sequence and no stop token before this many tokens", 0)
-    logprobs: int | None = _param(
-        None, "int", "report each token's log-probability and those of this many alternatives", 0, optional=True
-    )
-    skip_special_tokens: bool = _param(True, "bool", "leave special tokens out of the text")
-    include_stop_str_in_output: bool = _param(False, "bool", "keep the stop string at the end of the text")
+    temperature: float = field(default=1.0, metadata=_TEMPERATURE)
+    top_k: int = field(default=0, metadata=_TOP_K)
+    top_p: float = field(default=1.0, metadata=_TOP_P)
+    min_p: float = field(default=0.0, metadata=_MIN_P)
+    repetition_penalty: float = field(default=1.0, metadata=_REPETITION)
+    presence_penalty: float = field(default=0.0, metadata=_PRESENCE)
+    frequency_penalty: float = field(default=0.0, metadata=_FREQUENCY)
+    logit_bias: dict[int, float] | None = field(default=None, metadata=_BIAS)
+    seed: int | None = field(default=None, metadata=_SEED)
+    stop: tuple[str, ...] = field(default=(), metadata=_STOP)
+    stop_token_ids: tuple[int, ...] = field(default=(), metadata=_STOP_IDS)
+    ignore_eos: bool = field(default=False, metadata=_IGNORE_EOS)
+    max_tokens: int | None = field(default=16, metadata=_MAX_TOKENS)
+    min_tokens: int = field(default=0, metadata=_MIN_TOKENS)
+    logprobs: int | None = field(default=None, metadata=_LOGPROBS)
+    skip_special_tokens: bool = field(default=True, metadata=_SKIP_SPECIAL)
+    include_stop_str_in_output: bool = field(default=False, metadata=_INCLUDE_STOP)
 
     def __post_init__(self) -> None:
         for name, spellings in _SPELLINGS.items():
@@ -73,7 +82,8 @@ class SamplingParams:
             _CHECKS[each.metadata["kind"]](each.name, getattr(self, each.name), each.metadata)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError(
-                f"min_tokens is {self.min_tokens}, above max_tokens ({self.max_tokens}): lower the first or raise the second"
+                f"min_tokens is {self.min_tokens}, above max_tokens ({self.max_tokens}): lower the first or raise the "
+                "second"
             )
 
     @property
@@ -96,7 +106,10 @@ class SamplingParams:
 
     @classmethod
     def from_request(cls, request: Mapping[str, Any]) -> "SamplingParams":
-        """From names as any client sends them: aliases are translated, None counts as absent, an unknown name is a UserError."""
+        """From names as any client sends them: aliases are translated, None counts as absent.
+
+        UserError for a name nobody knows.
+        """
         return cls(**translate(request, NEUTRAL))
 
 
@@ -116,7 +129,10 @@ class CliField:
 
 
 def cli_fields() -> tuple[CliField, ...]:
-    """One flag per sampling parameter, in the order of the dataclass. A switch that is on by default becomes `--no-...`."""
+    """One flag per sampling parameter, in the order of the dataclass.
+
+    A switch that is on by default becomes `--no-...`; giving a switch stands for the opposite of its default.
+    """
     parsers: dict[str, Callable[[str], Any] | None] = {
         "float": float,
         "int": int,
@@ -169,15 +185,14 @@ def _accepted(noun: str, limits: Mapping[str, Any]) -> str:
         noun += f" above {low} and at most {high}" if above else f" between {low} and {high}"
     elif low is not None:
         noun += f" above {low}" if above else f" of at least {low}"
-    neutral = limits.get("neutral_hint", "")
-    return noun + neutral + (" or null" if limits.get("optional") else "")
+    return noun + (" or null" if limits.get("optional") else "")
 
 
 def _check_number(name: str, value: Any, limits: Mapping[str, Any], types: tuple[type, ...], noun: str) -> None:
     if value is None and limits.get("optional"):
         return
     # A bool is an int to Python; to a caller, `top_k=True` is a mistake.
-    good = isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    good = type(value) in types and math.isfinite(value)
     low, high = limits["low"], limits["high"]
     if good and low is not None:
         good = value > low if limits.get("above") else value >= low

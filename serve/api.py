@@ -23,7 +23,6 @@ from .engine_async import AsyncEngine, EngineDeadError
 from .metrics import CONTENT_TYPE, prometheus
 from .openai_format import CHAT, COMPLETION, Choice, Json, Reply, Shape
 from .openai_types import (
-    COMPLETION_MAX_TOKENS,
     Generation,
     RequestError,
     parse_body,
@@ -92,9 +91,9 @@ class Server:
         """Text of token ids, special tokens spelled out."""
         return str(self.engine.tokenizer.decode(tokens, skip_special_tokens=False))
 
-    def job(self, generation: Generation, prompt_ids: list[int], max_tokens: int, choice: int, prefix: str = "") -> Job:
+    def job(self, generation: Generation, prompt_ids: list[int], choice: int, prefix: str = "") -> Job:
         """One checked answer to generate."""
-        params = generation.params(max_tokens, choice)
+        params = generation.params(choice)
         self.engine.check_request(prompt_ids, params)
         return Job(prompt_ids, params, prefix)
 
@@ -106,9 +105,7 @@ class Server:
         for prompt in parsed.prompts:
             ids = self.encode(prompt, parsed.add_special_tokens)
             prefix = "" if not parsed.echo else prompt if isinstance(prompt, str) else self.decode(prompt)
-            jobs += [
-                self.job(parsed.generation, ids, COMPLETION_MAX_TOKENS, i, prefix) for i in range(parsed.generation.n)
-            ]
+            jobs += [self.job(parsed.generation, ids, i, prefix) for i in range(parsed.generation.n)]
         return await self._answer(request, COMPLETION, parsed.generation, jobs)
 
     async def chat(self, request: Request) -> Response:
@@ -116,12 +113,11 @@ class Server:
         generation, chat = parse_chat(parse_body(await request.body()))
         self.check_model(generation.model)
         ids = chat_prompt_ids(self.engine.tokenizer, chat, self.chat_template)
-        room = max(1, self.engine.max_model_len - len(ids))
-        jobs = [self.job(generation, ids, room, i) for i in range(generation.n)]
+        jobs = [self.job(generation, ids, i) for i in range(generation.n)]
         return await self._answer(request, CHAT, generation, jobs)
 
     async def _answer(self, request: Request, shape: Shape, generation: Generation, jobs: list[Job]) -> Response:
-        reply = Reply.new(shape, self.model, self.token_bytes, generation.logprobs is not None)
+        reply = Reply.new(shape, self.model, self.token_bytes, jobs[0].params.logprobs is not None)
         prompts = len(jobs) // generation.n
         if generation.stream:
             return EventStream(self._events(reply, jobs, prompts, generation.include_usage))
@@ -161,10 +157,7 @@ class Server:
             yield reply.usage(choices, prompts)
 
     async def tokenize(self, request: Request) -> Json:
-        """POST /tokenize:
-
-        the ids of `prompt` (llama.cpp's `content` too), or of `messages` through the chat template.
-        """
+        """POST /tokenize: ids of `prompt` (llama.cpp's `content` too), or of `messages` through the template."""
         body = parse_body(await request.body())
         self.check_model(take(body, "model", str, None))
         if "messages" in body:

@@ -1,9 +1,10 @@
 """Who owns which block of the paged KV cache: a free list and a reference count per block, nothing else.
 
-The cache is cut into blocks of `block_size` token slots. A sequence's block table lists its blocks in order: token `i` lives in slot
-`table[i // block_size] * block_size + i % block_size` (PagedAttention, https://arxiv.org/abs/2309.06180). Tables belong to the sequences;
-the manager only hands blocks out and takes them back. A count above one means that tables share the block (`share`), as a prefix cache
-will. Copy-on-write is left out: only complete blocks, which are never written again, may be shared.
+The cache is cut into blocks of `block_size` token slots. A sequence's block table lists its blocks in order: token `i`
+lives in slot `table[i // block_size] * block_size + i % block_size` (PagedAttention, https://arxiv.org/abs/2309.06180).
+Tables belong to the sequences; the manager only hands blocks out and takes them back. A count above one means that
+tables share the block (`share`), as a prefix cache will. Copy-on-write is left out: only complete blocks, which are
+never written again, may be shared.
 
 Pure Python: no tensor, no torch.
 """
@@ -46,7 +47,10 @@ class BlockManager:
         return max(0, self.blocks_for(num_tokens) - len(table))
 
     def grow(self, table: list[int], num_tokens: int) -> bool:
-        """Append free blocks to `table` until it holds `num_tokens` tokens; False, and nothing taken, if too few are free."""
+        """Append free blocks to `table` until it holds `num_tokens` tokens.
+
+        False, and nothing taken, if too few are free.
+        """
         wanted = self.missing(table, num_tokens)
         if wanted > self.num_free:
             return False

@@ -5,7 +5,7 @@ Text is decoded in a window that begins a few tokens back, because tokenizers tr
 Stop strings are found where they *end* first, so the result does not depend on how the tokenizer cut the text.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # Prompt tokens that give the first window its context; enough for any character and any leading-space rule.
@@ -58,19 +58,20 @@ class StopMatcher:
     """Watches a stream of text for stop strings and holds back what may still become one."""
 
     stop: tuple[str, ...]
+    include: bool = False  # send the stop string too
     held: str = ""  # a proper prefix of some stop string, or empty
-    matched: str | None = field(default=None)
+    matched: str | None = None
 
     def add(self, text: str) -> str:
-        """Text that is safe to send. After a match: the text before the stop string, and `matched` names it."""
+        """Text that is safe to send. After a match: the text up to the stop string, and `matched` names it."""
         if not self.stop:
             return text
         text = self.held + text
         ends = [(at + len(stop), at, stop) for stop in self.stop if (at := text.find(stop)) >= 0]
         if ends:
-            _, at, self.matched = min(ends)
+            end, at, self.matched = min(ends)
             self.held = ""
-            return text[:at]
+            return text[: end if self.include else at]
         keep = max(_overlap(text, stop) for stop in self.stop)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -168,7 +168,8 @@ class AsyncEngine:
         """Wait until there is work and apply the mail. False when shutting down."""
         with self._wake:
             self._wake.wait_for(lambda: self._mailbox or self._stopping or self._engine.has_work())
-            mail, self._mailbox = self._mailbox, deque()
+            # Both at once: a request accepted before the stop is in this mail, and none is accepted after it.
+            mail, self._mailbox, stopping = self._mailbox, deque(), self._stopping
         ended: list[tuple[str, StreamChunk]] = []
         for item in mail:
             if isinstance(item, _Add):
@@ -176,7 +177,7 @@ class AsyncEngine:
             elif chunk := self._engine.abort(item):
                 ended.append((item, chunk))
         self._deliver(ended)
-        return not self._stopping
+        return not stopping
 
     def _deliver(self, chunks: list[tuple[str, StreamChunk]]) -> None:
         """Hand the chunks over, one wake-up per event loop."""

@@ -13,14 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserError
+from ..samplers.names import ALIASES
 from ..samplers.params import SamplingParams
 
 # OpenAI's own limit.
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
-# OpenAI's default for /v1/completions; a chat reply may use all the context that is left.
-COMPLETION_MAX_TOKENS = 16
-
 _JSON_TYPES = {
     str: "a string",
     bool: "a boolean",
@@ -50,18 +48,14 @@ class Generation:
     n: int
     stream: bool
     include_usage: bool
-    logprobs: int | None  # alternatives wanted per token; None: no log-probabilities at all
-    sampling: dict[str, Any]  # what `SamplingParams.from_request` gets, max_tokens aside
+    sampling: dict[str, Any]  # what `SamplingParams.from_request` gets
 
-    def params(self, default_max_tokens: int, choice: int = 0) -> SamplingParams:
-        """The sampling parameters of one choice.
-
-        With a seed, choice i uses seed + i: n equal answers would be of no use.
-        """
-        sampling = dict(self.sampling)
-        if not {"max_tokens", "max_new_tokens", "n_predict"} & sampling.keys():
-            sampling["max_tokens"] = default_max_tokens
-        params = SamplingParams.from_request(sampling)
+    def params(self, choice: int) -> SamplingParams:
+        """The sampling parameters of one choice. With a seed, choice i uses seed + i: n equal answers are of no use."""
+        params = SamplingParams.from_request(self.sampling)
+        if (params.logprobs or 0) > MAX_TOP_LOGPROBS:
+            message = f"at most {MAX_TOP_LOGPROBS} alternatives per token can be reported, not {params.logprobs}"
+            raise RequestError(message, "logprobs")
         return params if params.seed is None or choice == 0 else replace(params, seed=params.seed + choice)
 
 
@@ -150,7 +144,7 @@ def _take_prompts(body: dict[str, Any]) -> list[str | list[int]]:
     )
 
 
-def _take_generation(body: dict[str, Any], logprobs: int | None) -> Generation:
+def _take_generation(body: dict[str, Any]) -> Generation:
     """The shared fields. Call last: what is left in `body` becomes the sampling parameters."""
     if body.pop("tools", None):
         raise RequestError("`tools`: this server does not call tools yet; remove `tools` and `tool_choice`", "tools")
@@ -166,14 +160,11 @@ def _take_generation(body: dict[str, Any], logprobs: int | None) -> Generation:
     n = take(body, "n", int, 1)
     if not 1 <= n <= MAX_CHOICES:
         raise RequestError(f"`n` must be between 1 and {MAX_CHOICES}, not {n}", "n")
-    if logprobs is not None:
-        body["logprobs"] = logprobs
     return Generation(
         model=take(body, "model", str, None),
         n=n,
         stream=stream,
         include_usage=take(dict(options), "include_usage", bool, False),
-        logprobs=logprobs,
         sampling={name: value for name, value in body.items() if value is not None},
     )
 
@@ -182,18 +173,15 @@ def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     """The body of POST /v1/completions, or RequestError."""
     body = dict(body)
     prompts = _take_prompts(body)
-    logprobs = take(body, "logprobs", int, None)
     echo = take(body, "echo", bool, False)
-    if echo and logprobs is not None:
+    if echo and body.get("logprobs") is not None:
         raise RequestError(
             "`echo` with `logprobs` needs prompt log-probabilities, which are not computed; drop one of them", "echo"
         )
     add_special_tokens = take(body, "add_special_tokens", bool, True)
     if body.pop("suffix", None):
         raise RequestError("`suffix` (text after the completion) is not supported; leave it out", "suffix")
-    if body.pop("best_of", None) not in (None, 1):
-        raise RequestError("`best_of` is not supported; ask for several choices with `n`", "best_of")
-    return CompletionRequest(_take_generation(body, logprobs), prompts, echo, add_special_tokens)
+    return CompletionRequest(_take_generation(body), prompts, echo, add_special_tokens)
 
 
 def _flatten(content: Any, where: str) -> str:
@@ -244,8 +232,9 @@ def parse_chat(body: dict[str, Any]) -> tuple[Generation, ChatRequest]:
     top = take(body, "top_logprobs", int, None)
     if top is not None and not wanted:
         raise RequestError("`top_logprobs` needs `logprobs`: true", "top_logprobs")
-    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
-        raise RequestError(f"`top_logprobs` must be between 0 and {MAX_TOP_LOGPROBS}, not {top}", "top_logprobs")
-    if (limit := take(body, "max_completion_tokens", int, None)) is not None:
-        body["max_tokens"] = limit
-    return _take_generation(body, (top or 0) if wanted else None), chat
+    if wanted:
+        body["logprobs"] = top or 0
+    # Unlike a completion's 16, a chat reply may by default use all the context that is left.
+    if not any(ALIASES.get(name, name) == "max_tokens" and value is not None for name, value in body.items()):
+        body["max_tokens"] = -1
+    return _take_generation(body), chat

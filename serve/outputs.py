@@ -29,7 +29,7 @@ class StreamChunk:
 
     text_delta: str
     token_ids: tuple[int, ...]  # sampled in this step
-    logprobs: tuple[TokenLogprob, ...] | None  # one per token_ids entry; None unless SamplingParams asked for them
+    logprobs: tuple[TokenLogprob, ...] | None  # one per token_ids entry; None unless the request asked for them
     finish_reason: FinishReason | None  # None until the last chunk, which is always sent
     prompt_tokens: int  # length of the prompt
     completion_tokens: int  # sampled so far, this chunk included

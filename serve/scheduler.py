@@ -1,13 +1,14 @@
 """Which tokens of which requests run in the next forward pass: continuous batching with chunked prefill.
 
 A step packs the next token of every decoding sequence and, in what is left of the token budget, chunks of prompts
-(Orca, https://www.usenix.org/conference/osdi22/presentation/yu; Sarathi-Serve, https://arxiv.org/abs/2403.02310). There is one policy,
-first come first served: a request is admitted when the KV blocks of everything it already knows are free, in order of arrival, and
-nothing overtakes it. When decoding runs out of blocks the youngest sequence gives all of its own back and waits at the head of the
-queue to be recomputed, so the oldest one advances in every step: that is why the loop can neither livelock nor starve anyone.
+(Orca, https://www.usenix.org/conference/osdi22/presentation/yu; Sarathi-Serve, https://arxiv.org/abs/2403.02310).
+There is one policy, first come first served: a request is admitted when the KV blocks of everything it already knows
+are free, in order of arrival, and nothing overtakes it. When decoding runs out of blocks the youngest sequence gives
+all of its own back and waits at the head of the queue to be recomputed. The oldest one thus advances in every step,
+which is why the loop can neither livelock nor starve anyone.
 
-Left out: priorities, swapping KV to host memory (recomputing a chunk is cheaper at these sizes) and overtaking of a request that does
-not fit by a smaller one (throughput for some, starvation for others).
+Left out: priorities, swapping KV to host memory (recomputing a chunk is cheaper at these sizes) and letting a smaller
+request overtake one that does not fit (throughput for some, starvation for others).
 
 Pure Python on ints: no torch, so that thousands of random traces are tested in seconds.
 """
@@ -87,8 +88,8 @@ class Scheduler:
             raise UserError(f"max_num_seqs is {max_num_seqs}: at least 1 sequence must run")
         if max_num_batched_tokens < max_num_seqs:
             raise UserError(
-                f"max_num_batched_tokens is {max_num_batched_tokens}, below max_num_seqs ({max_num_seqs}): a step holds one token of "
-                "every running sequence; raise the first or lower the second"
+                f"max_num_batched_tokens is {max_num_batched_tokens}, below max_num_seqs ({max_num_seqs}): a step "
+                "holds one token of every running sequence; raise the first or lower the second"
             )
         if max_model_len < 2:
             raise UserError(f"max_model_len is {max_model_len}: a prompt token and a sampled one need at least 2")
@@ -111,13 +112,14 @@ class Scheduler:
             raise UserError("the prompt is empty: at least one token is needed to predict the next one; send some text")
         if num_prompt >= self.max_model_len:
             raise UserError(
-                f"the prompt has {num_prompt} tokens and the context holds {self.max_model_len}, completion included: shorten the "
-                f"prompt to at most {self.max_model_len - 1} tokens or serve with a larger --max-model-len"
+                f"the prompt has {num_prompt} tokens and the context holds {self.max_model_len}, completion included: "
+                f"shorten the prompt to at most {self.max_model_len - 1} tokens or serve with a larger --max-model-len"
             )
         if num_prompt > self.blocks.capacity:
             raise UserError(
-                f"the prompt has {num_prompt} tokens and the whole KV cache holds {self.blocks.capacity} ({self.blocks.num_blocks} "
-                f"blocks of {self.blocks.block_size}): shorten the prompt or give the KV cache more memory"
+                f"the prompt has {num_prompt} tokens and the whole KV cache holds {self.blocks.capacity} "
+                f"({self.blocks.num_blocks} blocks of {self.blocks.block_size}): shorten the prompt or give the KV "
+                "cache more memory"
             )
 
     def add(self, seq: Seq) -> None:
@@ -141,19 +143,19 @@ class Scheduler:
         budget = self.max_num_batched_tokens - len(batch)
         prefilling = [seq for seq in self.running if seq.remaining > 1]
         while budget:
-            seq = prefilling.pop(0) if prefilling else self._admit()
-            if seq is None:
+            next_seq = prefilling.pop(0) if prefilling else self._admit()
+            if next_seq is None:
                 break
-            count = min(seq.remaining, budget)
-            batch.append((seq, count))
+            count = min(next_seq.remaining, budget)
+            batch.append((next_seq, count))
             budget -= count
         assert batch or not self.has_work, "work is left and nothing was scheduled"
         return batch
 
     def update(self, batch: Sequence[tuple[Seq, int]], tokens: Sequence[int | None]) -> None:
-        """Record that `batch` (of the last `schedule`) ran; tokens[i] is what row i sampled, None where the prompt is unfinished.
+        """Record that `batch` (of the last `schedule`) ran.
 
-        Rows that were aborted meanwhile are skipped.
+        tokens[i] is what row i sampled, None where its prompt is unfinished. Rows aborted meanwhile are skipped.
         """
         for (seq, count), token in zip(batch, tokens, strict=True):
             if seq.status != "running":
@@ -185,7 +187,10 @@ class Scheduler:
         self.blocks.check_integrity(seq.blocks for seq in self.running)
 
     def _secure(self, seq: Seq) -> bool:
-        """Make room for the next token of `seq`, preempting the youngest as long as needed; False if that was `seq` itself."""
+        """Make room for the next token of `seq`, preempting the youngest as long as needed.
+
+        False if that was `seq` itself.
+        """
         while not self.blocks.grow(seq.blocks, len(seq.ids)):
             victim = self.running.pop()
             self._preempt(victim)
@@ -202,12 +207,12 @@ class Scheduler:
         self.preemptions += 1
 
     def _admit(self) -> Seq | None:
-        """Start the oldest waiting sequence if it fits, with the blocks of all its known tokens; None if it has to wait."""
+        """Start the oldest waiting sequence, with the blocks of all its known tokens; None if it has to wait."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return None
         seq = self.waiting[0]
         assert not seq.at_limit, f"{seq.request_id} is at its limit and was not finished"
-        # One block of headroom per running sequence: without it a newcomer is preempted within a few steps and its prefill wasted.
+        # One block of headroom per running sequence: else a newcomer is soon preempted and its prefill wasted.
         if self.blocks.missing(seq.blocks, len(seq.ids)) + len(self.running) > self.blocks.num_free:
             return None
         self.blocks.grow(seq.blocks, len(seq.ids))

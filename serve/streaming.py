@@ -88,10 +88,7 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
 
 
 class EventStream(Response):
-    """Server-sent events:
-
-    one `data:` line per JSON object, then `[DONE]`. Ends and closes `events` when the client leaves.
-    """
+    """Server-sent events: one `data:` line per JSON object, then `[DONE]`. Closes `events` when the client leaves."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
         # X-Accel-Buffering: nginx would otherwise hold tokens back until its buffer is full.

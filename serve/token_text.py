@@ -17,9 +17,9 @@ _RAW_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @lru_cache(maxsize=1)
 def _byte_level_alphabet() -> dict[str, int]:
-    """Character -> byte of GPT-2's byte-level BPE:
+    """Character -> byte of GPT-2's byte-level BPE.
 
-    printable Latin-1 stands for itself, the other bytes sit at 256 and up, in order.
+    Printable Latin-1 stands for itself; the other bytes sit at 256 and up, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
@@ -27,10 +27,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def token_bytes_of(tokenizer: Any) -> TokenBytes:
-    """A function from token id to the bytes that token stands for in the text (special and added tokens:
-
-    their name).
-    """
+    """A function from token id to the bytes that token stands for; special and added tokens stand for their name."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     byte_level = backend is not None and "ByteLevel" in str(backend.decoder)
     added = {int(token_id): str(content) for content, token_id in tokenizer.get_added_vocab().items()}

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bitsmith.calibrate.method import Settings
 from bitsmith.cli import main as cli
 from bitsmith.cli.main import command_names, main
 from bitsmith.errors import UserError
@@ -131,15 +132,19 @@ def test_formats_asks_the_dialects(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^gptq\s", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_quantize_passes_on_only_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_passes_on_only_what_was_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: dict[str, object] = {}
 
-    def quantize(src: str, out: str, **options: object) -> None:
+    def quantize(src: str, out: str, **options: object) -> dict[str, float]:
         seen.update(options, src=src, out=out)
+        return {"bpw": 4.25}
 
     monkeypatch.setattr("bitsmith.calibrate.driver.quantize", quantize)
-    line = "quantize a b --format gptq --bits 4 --group-size -1 --asym --skip *.k_proj --skip lm_head --no-resume"
-    assert main(line.split()) == 0
+    line = "quantize a b --format gptq --bits 4 --group-size -1 --asym --skip *.k_proj --skip lm_head"
+    assert main([*line.split(), "--no-resume", "--damp-percent", "0.05"]) == 0
+    assert capsys.readouterr().err == "wrote b: bpw 4.25\n"
     assert seen == {
         "src": "a",
         "out": "b",
@@ -149,4 +154,5 @@ def test_quantize_passes_on_only_what_was_given(monkeypatch: pytest.MonkeyPatch)
         "sym": False,
         "skip": ["*.k_proj", "lm_head"],
         "resume": False,
+        "settings": Settings(damp_percent=0.05),
     }

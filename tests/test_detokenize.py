@@ -7,20 +7,7 @@ import pytest
 from bitsmith.serve.detokenize import Detokenizer, StopMatcher
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: the worst case for characters and stop strings."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-
-
-BYTES = byte_tokenizer()
 
 
 def stream(tokenizer: object, prompt: list[int], ids: list[int], skip: bool = True) -> list[str]:
@@ -29,21 +16,22 @@ def stream(tokenizer: object, prompt: list[int], ids: list[int], skip: bool = Tr
 
 
 @given(st.text(max_size=30), st.text(max_size=8))
-def test_bytes_become_whole_characters(text: str, prompt: str) -> None:
-    pieces = stream(BYTES, BYTES.encode(prompt), BYTES.encode(text))
+def test_bytes_become_whole_characters(byte_tokenizer: PreTrainedTokenizerFast, text: str, prompt: str) -> None:
+    pieces = stream(byte_tokenizer, byte_tokenizer.encode(prompt), byte_tokenizer.encode(text))
     assert "".join(pieces) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_an_incomplete_character_is_shown_only_at_the_end() -> None:
-    assert stream(BYTES, [], BYTES.encode("a€")[:3]) == ["a", "", "", "\ufffd"]
+def test_an_incomplete_character_is_shown_only_at_the_end(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    assert stream(byte_tokenizer, [], byte_tokenizer.encode("a€")[:3]) == ["a", "", "", "\ufffd"]
 
 
-def test_special_tokens_are_skipped_or_shown() -> None:
-    ids = [*BYTES.encode("ab"), BYTES.eos_token_id, *BYTES.encode("c")]
-    assert "".join(stream(BYTES, BYTES.encode("x"), ids)) == "abc"
-    assert "".join(stream(BYTES, BYTES.encode("x"), ids, skip=False)) == "ab<eos>c"
+def test_special_tokens_are_skipped_or_shown(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    a, b, c = byte_tokenizer.encode("abc")
+    ids = [a, b, byte_tokenizer.eos_token_id, c]
+    assert "".join(stream(byte_tokenizer, [a], ids)) == "abc"
+    assert "".join(stream(byte_tokenizer, [a], ids, skip=False)) == "ab<eos>c"
 
 
 @pytest.mark.parametrize("model", ["models/books-8m", "models/stories260k"])

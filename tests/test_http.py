@@ -4,6 +4,7 @@ framing, shapes, errors, and what happens when a client leaves.
 """
 
 import asyncio
+import copy
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,7 +16,6 @@ from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.api import create_app
 from bitsmith.serve.engine_async import EngineDeadError
 from bitsmith.serve.outputs import StreamChunk, TokenLogprob
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = (
@@ -25,25 +25,17 @@ TEMPLATE = (
 CONTEXT = 64
 
 
-def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token per byte, id = rank in the byte-level alphabet, and `</s>`."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
 class FakeEngine:
     """Answers every prompt with `reply`, one token a step, stopping at max_tokens;
 
     `hold` makes it stall after the first token.
     """
 
+    base: PreTrainedTokenizerFast
+
     def __init__(self, reply: str = "hé!", template: str | None = TEMPLATE) -> None:
-        self.tokenizer = byte_tokenizer(template)
+        self.tokenizer = copy.copy(self.base)
+        self.tokenizer.chat_template = template
         self.max_model_len = CONTEXT
         self.reply = self.tokenizer.encode(reply)
         self.hold = False
@@ -104,6 +96,11 @@ class FakeEngine:
             "time_to_first_token_seconds": histogram,
             "inter_token_seconds": histogram,
         }
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+    FakeEngine.base = byte_tokenizer
 
 
 def call(
@@ -236,7 +233,9 @@ def test_chat() -> None:
     ids, params = engine.seen[0]
     assert engine.tokenizer.decode(ids) == "<|user|>hi\n<|assistant|>"
     # A chat may use all the context its prompt leaves.
-    assert params.max_tokens == CONTEXT - len(ids)
+    assert params.max_tokens is None
+    post("/v1/chat/completions", {"messages": USER, "max_completion_tokens": 2}, engine)
+    assert engine.seen[1][1].max_tokens == 2
 
 
 def test_chat_flattens_text_parts_and_continues_a_message() -> None:
@@ -271,7 +270,7 @@ def test_chat_logprobs() -> None:
     assert plain["content"][0]["top_logprobs"] == []
     assert refused("/v1/chat/completions", {"messages": USER, "top_logprobs": 1})["param"] == "top_logprobs"
     too_many = refused("/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 21})
-    assert "between 0 and 20" in too_many["message"]
+    assert "at most 20 alternatives" in too_many["message"]
 
 
 def test_no_chat_template_says_the_fix() -> None:

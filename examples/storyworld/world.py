@@ -34,8 +34,6 @@ MOVE, TAKE, DROP = {"goes": 5, "walks": 3, "runs": 2}, {"takes": 3, "picks up": 
 GIVE, WANDER = {"gives": 3, "hands": 2}, {"runs": 1, "wanders": 1}
 EVENTS = {"move": 4, "take": 4, "drop": 2, "give": 3, "wander": 1, "find": 1}
 ASKED = {"person": 2, "animal": 2, "thing": 4, "holder": 3, "together": 2, "count": 2, "before": 2}
-# First turn: at least 5 events; later turns: any number. Then the turn goes on with this chance, up to the limit.
-FIRST, LATER, MORE_TURNS, MAX_TURNS = (5, 12, 0.75), (0, 4, 0.5), 0.75, 6
 # A likely target (an occupied place, the last actor, a thing in somebody's hands) counts this many times.
 LIKELY = 4
 PRONOUN = 0.6
@@ -47,6 +45,20 @@ class Pick(Protocol):
     """Chooses one option, each with probability proportional to its weight (equal when None)."""
 
     def __call__(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T: ...
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a story is. A turn of the first or a later kind has at least, and at most, so many events and goes on
+    in between with the given chance; another turn follows with chance `more`, up to `turns`."""
+
+    first: tuple[int, int, float] = (5, 12, 0.75)
+    later: tuple[int, int, float] = (0, 4, 0.5)
+    more: float = 0.75
+    turns: int = 6
+
+
+STORY = Pace()
 
 
 @dataclass(frozen=True)
@@ -224,13 +236,13 @@ def _question(state: State, pick: Pick) -> tuple[str, str, str]:
     return kind, f"Where was {person} before?", f"In the {state.before[person]}."
 
 
-def _write(pick: Pick) -> tuple[str, tuple[Question, ...]]:
+def _write(pick: Pick, pace: Pace) -> tuple[str, tuple[Question, ...]]:
     """Runs the process; `pick` alone decides. Returns the text and its questions."""
     state, questions = State(), list[Question]()
     text = " ".join(_setup(state, pick)) + " "
-    for turn in range(MAX_TURNS):
+    for turn in range(pace.turns):
         state.last = ""
-        least, most, more = LATER if turn else FIRST
+        least, most, more = pace.later if turn else pace.first
         for n in range(most):
             if n >= least and not pick((True, False), (more, 1 - more)):
                 break
@@ -239,7 +251,7 @@ def _write(pick: Pick) -> tuple[str, tuple[Question, ...]]:
         text += question + "\n"
         questions.append(Question(kind, len(text), answer))
         text += answer + "\n"
-        if turn + 1 < MAX_TURNS and not pick((True, False), (MORE_TURNS, 1 - MORE_TURNS)):
+        if turn + 1 < pace.turns and not pick((True, False), (pace.more, 1 - pace.more)):
             break
     return text + "\n", tuple(questions)
 
@@ -305,7 +317,7 @@ def _read(text: str) -> Iterator[object]:
             n_setup = sum(" is in the " in s for s in sentences)
             yield from _read_setup(sentences[:n_setup])
             sentences = sentences[n_setup:]
-        least, most, _ = LATER if turn else FIRST
+        least, most, _ = STORY.later if turn else STORY.first
         for n, sentence in enumerate(sentences):
             if n >= least:
                 yield True
@@ -314,14 +326,14 @@ def _read(text: str) -> Iterator[object]:
         if len(sentences) < most:
             yield False
         yield from _read_question(question.strip())
-        if turn + 1 < MAX_TURNS:
+        if turn + 1 < STORY.turns:
             yield 2 * turn + 2 < len(lines)
 
 
-def sample(rng: random.Random) -> Story:
+def sample(rng: random.Random, pace: Pace = STORY) -> Story:
     """One story drawn with `rng`."""
     sampler = Sampler(rng)
-    text, questions = _write(sampler)
+    text, questions = _write(sampler, pace)
     return Story(text, sampler.nats, questions, tuple(sampler.decisions))
 
 
@@ -338,7 +350,7 @@ def parse(text: str) -> Story:
     Raises ValueError where the process cannot have written the text (a step that is not possible, a wrong answer).
     """
     reader = Reader(_read(text))
-    written, questions = _write(reader)
+    written, questions = _write(reader, STORY)
     if written != text:
         at = next((i for i, (a, b) in enumerate(zip(written, text, strict=False)) if a != b), len(written))
         raise ValueError(

@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# Threads beyond the physical cores make torch slower, not faster.
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow check fmt clean install
+
+install: $(STAMP)
+
+# torch comes first and by exact version: on Linux with CUDA that is the CUDA build, and where an index offers a CPU wheel of this
+# version (CI) it is taken instead of gigabytes of CUDA packages.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not interop and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow"
+
+# mypy follows no editable install whose package is the repository root, so it is shown a directory that holds `bitsmith`.
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p $(VENV)/typecheck && ln -sfn $(CURDIR) $(VENV)/typecheck/bitsmith
+	cd $(VENV)/typecheck && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy_cache $(foreach p,kernels quant_formats calibrate kv_quant samplers models serve eval cli,-p bitsmith.$(p))
+	$(BIN)/python -m pytest tests/test_layout.py tests/test_kernels.py tests/test_scheduler.py
+
+fmt: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-out

@@ -1,0 +1,150 @@
+"""`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
+
+SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
+on random weights of its shape. Every engine reads the same number of tokens in the same run, interleaved; see
+eval/speed.py.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ._output import note, print_json, quiet_libraries
+
+_PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
+_OURS = "bitsmith"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("bench", help="speed, beside other engines")
+    parser.add_argument("kind", metavar="decode", help="what to measure; decode is the only one so far")
+    parser.add_argument("path", metavar="PATH|SHAPE", help="a model directory, or 1.1b, 8b, tiny")
+    parser.add_argument(
+        "--against",
+        default="transformers,llama.cpp",
+        metavar="PEER,...",
+        help="transformers, llama.cpp, or none (default: both)",
+    )
+    parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
+    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of a SHAPE (default: 128)")
+    parser.add_argument("--head-bits", type=int, default=8, metavar="B", help="output head of a SHAPE (default: 8)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: what torch would use")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
+    parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--results", metavar="DIR", help="folder to append rows to (default: results/)")
+    where.add_argument("--no-record", action="store_true", help="append no rows")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, record."""
+    if args.kind != "decode":
+        raise UserError(f"bench {args.kind!r} does not exist; the one that does is: decode")
+    peers = _peers(args.against)
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples}: accepted is 1 or more")
+    quiet_libraries()
+    import torch
+
+    from ..eval.random_models import SHAPES, write_checkpoint
+    from ..eval.speed import CASES, measure, rows
+
+    threads = args.threads or torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="bitsmith-bench-") as scratch:
+        path = Path(args.path)
+        if args.path in SHAPES and not path.exists():
+            path = Path(scratch) / "model"
+            write_checkpoint(SHAPES[args.path], path, args.bits, args.group_size, args.head_bits)
+        workers = _workers(args.path, path, Path(scratch) / "peer.gguf", peers, threads)
+        start = time.perf_counter()
+        try:
+            table = measure(workers, args.samples, args.minutes, CASES, died=_report_death)
+        finally:
+            for worker in workers.values():
+                worker.close()
+        found = rows(table, _OURS, {peer: _PEERS[peer] for peer in peers})
+        if not args.no_record:
+            _record(args, path, table, threads, time.perf_counter() - start)
+    if args.json:
+        print_json({"model": args.path, "threads": threads, "rows": found})
+    else:
+        _print(found)
+
+
+def _peers(text: str) -> list[str]:
+    names = [] if text == "none" else text.split(",")
+    unknown = [name for name in names if name not in _PEERS]
+    if unknown:
+        raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(_PEERS)}, or none")
+    return names
+
+
+def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) -> dict[str, Any]:
+    """An engine process per configuration; one that dies while it loads is said and left out."""
+    from ..eval.engines import BitsmithEngine, LlamaCppEngine, TransformersEngine
+    from ..eval.random_models import shape_of, write_gguf
+    from ..eval.speed import CASES, EngineDied, Worker
+
+    sequences = max(case.sequences for case in CASES)
+    context = max(case.sequences * (case.prompt + case.steps + 2) for case in CASES)
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {_OURS: (BitsmithEngine, (path, sequences, context))}
+    if "transformers" in peers:
+        wanted["transformers"] = (TransformersEngine, (shape_of(name),))
+    if "llama.cpp" in peers:
+        write_gguf(shape_of(name), gguf)
+        for engine, repack in zip(_PEERS["llama.cpp"], (True, False), strict=True):
+            wanted[engine] = (LlamaCppEngine, (gguf, threads, sequences, context, repack))
+    found: dict[str, Any] = {}
+    for engine, (build, arguments) in wanted.items():
+        try:
+            found[engine] = Worker(build, arguments, threads)
+        except EngineDied as error:
+            _report_death(engine, str(error))
+    return found
+
+
+def _report_death(name: str, why: str) -> None:
+    if name == _OURS:
+        raise RuntimeError(f"our own engine died: {why}")
+    note(f"{name} is left out: {why}")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        line = f"{row['name']:<12} {row['value']:9.1f} {row['unit']}"
+        if row["against"]:
+            line += f"   {row['ratio']:6.2f} x {row['against']} ({row['against_value']:.1f})"
+        print(line + ("" if row["clean"] else "   disturbed: do not quote"))
+
+
+def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seconds: float) -> None:
+    """One row per case and engine."""
+    from ..eval.results import FILE_NAME, Result, append, default_dir, here
+    from ..eval.subject import subject
+
+    who, place = subject(str(path)), here()
+    specs = {_OURS: who.spec, "transformers": "bf16"}
+    found = [
+        Result(
+            **place,
+            model=Path(args.path).name,
+            spec=specs.get(engine, "Q4_0"),
+            kv="none" if engine == _OURS else "",
+            task=f"bench/decode/{engine}/{threads} threads",
+            metric=case,
+            value=cell.value,
+            stderr=cell.stderr,
+            n=len(cell.clean),
+            seconds=seconds,
+            method=who.method if engine == _OURS else "",
+        )
+        for (case, engine), cell in table.items()
+    ]
+    file = (Path(args.results) if args.results else default_dir()) / FILE_NAME
+    append(file, found)
+    note(f"{len(found)} rows appended to {file}")

@@ -1,0 +1,205 @@
+"""`bitsmith serve` as users run it: a process, a port, a tiny random Llama, clients that leave, SIGTERM."""
+
+import copy
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from bitsmith.cli.main import main
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CONTEXT = 4096
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Callable[..., PreTrainedModel],
+    byte_tokenizer: PreTrainedTokenizerFast,
+) -> Path:
+    """A checkpoint of a small random Llama over bytes, with a chat template."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_model("Llama", max_position_embeddings=CONTEXT).save_pretrained(path)
+    tokenizer = copy.copy(byte_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server process and a client for it."""
+
+    process: subprocess.Popen[str]
+    client: httpx.Client
+
+    def metric(self, name: str) -> float:
+        """One unlabelled sample of /metrics."""
+        match = re.search(
+            rf"^bitsmith:{name}\{{model_name=\"tiny-llama\"\}} (\S+)$", self.client.get("/metrics").text, re.M
+        )
+        assert match is not None
+        return float(match[1])
+
+    def wait_for(self, name: str, value: float) -> None:
+        """Poll /metrics until the sample has this value; fails after 10 seconds."""
+        deadline = time.monotonic() + 10
+        while (found := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} stayed at {found}, not {value}"
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path) -> Iterator[Running]:
+    """`bitsmith serve` on a port of the system's choice."""
+    command = [sys.executable, "-m", "bitsmith", "serve", str(tiny), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    url = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert url is not None, line + process.stderr.read()
+    transport = httpx.HTTPTransport(retries=5)
+    with httpx.Client(base_url=url[0], timeout=30, transport=transport) as client:
+        # The address is printed once the model is loaded, a moment before the port accepts.
+        yield Running(process, client)
+    process.kill()
+    process.wait()
+
+
+ENDLESS = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True}
+
+
+def first_text(response: httpx.Response) -> dict[str, object]:
+    """Read a stream up to the first event with text."""
+    for line in response.iter_lines():
+        if line.startswith("data: ") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
+            return dict(json.loads(line[6:]))
+    raise AssertionError("the stream ended without text")
+
+
+def test_it_is_up(server: Running) -> None:
+    assert server.client.get("/health").json() == {"status": "ok"}
+    assert [card["id"] for card in server.client.get("/v1/models").json()["data"]] == ["tiny-llama"]
+
+
+def test_chat_streams(server: Running) -> None:
+    body = {**ENDLESS, "max_tokens": 20, "seed": 1, "stream_options": {"include_usage": True}, "logprobs": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        data = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert data.pop() == "[DONE]"
+    *parts, usage = [json.loads(text) for text in data]
+    assert usage["usage"]["completion_tokens"] == 20
+    assert parts[-1]["choices"][0]["finish_reason"] == "length"
+    streamed = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    logprobs = [item for part in parts for item in part["choices"][0]["logprobs"]["content"]]
+    assert len(logprobs) == 20 and all(item["logprob"] < 0 for item in logprobs)
+    whole = server.client.post("/v1/chat/completions", json={**ENDLESS, "stream": False, "max_tokens": 20, "seed": 1})
+    assert whole.json()["choices"][0]["message"]["content"] == streamed
+
+
+def test_completions_batch_as_alone(server: Running) -> None:
+    def texts(prompt: object) -> list[str]:
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+        return [choice["text"] for choice in server.client.post("/v1/completions", json=body).json()["choices"]]
+
+    prompts = ["one", "a second, longer prompt", "3"]
+    assert texts(prompts) == [text for prompt in prompts for text in texts(prompt)]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> None:
+    free = server.metric("kv_cache_free_blocks")
+    assert free == server.metric("kv_cache_blocks")
+    body = {**ENDLESS, "stream": stream}
+    if stream:
+        with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            first_text(response)
+            assert server.metric("num_requests_running") == 1
+            assert server.metric("kv_cache_free_blocks") < free
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            server.client.post("/v1/chat/completions", json=body, timeout=0.5)
+    server.wait_for("num_requests_running", 0)
+    assert server.metric("kv_cache_free_blocks") == free
+    assert server.metric("generation_tokens_total") < CONTEXT
+
+
+def test_bad_requests_are_explained(server: Running) -> None:
+    def message(**body: object) -> str:
+        response = server.client.post("/v1/completions", json=body)
+        assert response.status_code == 400
+        return str(response.json()["error"]["message"])
+
+    assert "temprature" in message(prompt="a", temprature=1)
+    long = message(prompt="a" * 5000)
+    assert "5000" in long and str(CONTEXT) in long
+    assert "257" in message(prompt=[1, 5000])
+
+
+def test_port_in_use_is_told_before_the_model_is_loaded(server: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    port = str(server.client.base_url.port)
+    assert main(["serve", "/no/such/model", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+# Last: it stops the server.
+def test_sigterm_ends_a_stream_and_exits_with_0(server: Running) -> None:
+    with server.client.stream("POST", "/v1/chat/completions", json=ENDLESS) as response:
+        first_text(response)
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert server.process.wait(timeout=30) == 0
+        assert time.monotonic() - started < 15
+
+
+def test_generate_prints_one_json_object(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", str(tiny), "-p", "abc", "--max-tokens", "5", "--ignore-eos", "--temperature", "0", "--json"]
+    assert main([*line, "--device", "cpu", "--logprobs", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["prompt_tokens"], result["completion_tokens"], result["finish_reason"]) == (3, 5, "length")
+    assert len(result["token_ids"]) == 5 and result["tokens_per_second"] > 0
+    assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 5
+    assert main([*line, "--min-p", "2"]) == 2
+    assert "min_p must be a number between 0 and 1, not 2.0" in capsys.readouterr().err
+
+
+def test_chat_on_piped_input(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A template that shows how long the conversation is: replies are printed, prompts and notes are not.
+    seen: list[str] = []
+    monkeypatch.setattr(
+        "bitsmith.cli.chat.say", lambda engine, ids, params: seen.append(engine.tokenizer.decode(ids)) or "ok"
+    )
+    lines = ["one", "two", "/reset", "", "three", "x" * 100, "four", "/exit", "five"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(tiny), "--system", "be", "--device", "cpu", "--max-model-len", "64"]) == 0
+    assert seen == [
+        "<system>be\n<user>one\n<a>",
+        "<system>be\n<user>one\n<assistant>ok\n<user>two\n<a>",
+        "<system>be\n<user>three\n<a>",
+        "<system>be\n<user>three\n<assistant>ok\n<user>four\n<a>",
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "do not fit the context of 64: /reset" in captured.err
+
+
+def test_chat_streams_replies_to_stdout(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    flags = ["--max-tokens", "6", "--ignore-eos", "--temperature", "0", "--device", "cpu"]
+    assert main(["chat", str(tiny), *flags]) == 0
+    said = capsys.readouterr().out
+    assert main(["generate", str(tiny), "-p", "<user>hello\n<a>", *flags]) == 0
+    assert capsys.readouterr().out == said
