@@ -130,16 +130,27 @@ class _Run:
         self.places: list[list[Placement]] = [[] for _ in range(self.parts)]
         for placement in placements(model, ckpt.weights):
             self.places[self._part_of(placement.target)].append(placement)
+        self.alias = self._untie_head()
         self.part_items = [[i for p in places for i in items_of(model, p, recipe, fmt)] for places in self.places]
         self.items = [item for part in self.part_items for item in part]
         self.modules = {item.module for item in self.items}
         # [N, K] of every weight that is quantized, here or in the source.
         self.shapes = {f"{item.module}.weight": item.shape for item in self.items}
         for placement in (p for places in self.places for p in places):
-            if any(ckpt.weights[s] for s in placement.sources):
+            if any(ckpt.weights.get(s) for s in placement.sources):
                 self.shapes |= source_shapes(model, placement)
         if not self.items:
             raise UserError(f"{ckpt.path}: the recipe leaves no weight to quantize. Fix: fewer --skip patterns")
+
+    def _untie_head(self) -> dict[str, str]:
+        """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it copies}."""
+        sources = {p.target: p.sources[0] for p in self.places[self.count]}
+        found = {}
+        for target, other in getattr(self.model, "all_tied_weights_keys", {}).items():
+            if target not in sources and other in sources and self.recipe.spec(target.removesuffix(".weight")):
+                self.places[self.count].append(Placement(target, (target,)))
+                found[target] = sources[other]
+        return found
 
     def _part_of(self, target: str) -> int:
         rest = target.removeprefix(self.path + ".")
@@ -199,7 +210,8 @@ class _Run:
     def _load(self, part: int, stored: Part | None) -> None:
         """Give the model the dense weights of a part: the source's, or (`stored`) what was written for it."""
         for placement in self.places[part]:
-            tensors = [self._dense(s, stored).to(self.device) for s in placement.sources]
+            # A copy: what comes from the file may be its mapped pages, and quantized weights are written over it.
+            tensors = [self._dense(s, stored).to(self.device, copy=True) for s in placement.sources]
             for name, tensor in placement.convert(tensors, self.model).items():
                 if not assign(self.model, name, tensor):
                     raise UserError(f"{self.ckpt.path}: tensor {placement.sources[0]} has no place in the model (as {name})")
@@ -207,7 +219,7 @@ class _Run:
     def _dense(self, source: str, stored: Part | None) -> Tensor:
         module = source.removesuffix(".weight")
         if stored is None:
-            return self.ckpt.dense(source, self.shapes.get(source))
+            return self.ckpt.dense(self.alias.get(source, source), self.shapes.get(source))
         if module not in self.modules:
             return stored(source)
         return self.fmt.load(stored, module, self.shapes[source], self.recipe).dequantize()
@@ -345,6 +357,8 @@ class _Run:
         """config.json of the result: the source's, with the dialect's quantization_config and the resolved map."""
         specs = {i.module: str(i.spec) for i in sorted(self.items, key=lambda i: natural(i.module))}
         original = json.loads((self.ckpt.path / "config.json").read_text())
+        if self.alias:
+            original["tie_word_embeddings"] = False
         note = {"version": __version__, "method": self.recipe.method, "calib": Path(self.recipe.calib).name, "specs": specs}
         note |= {"bpw": summary["bpw"], "errors": {k: float(f"{v:.6g}") for k, v in summary["errors"].items()}}
         return {**original, "quantization_config": self.fmt.config(self.recipe), "bitsmith": note}

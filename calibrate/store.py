@@ -135,6 +135,10 @@ def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
     temporary = path.with_name(path.name + ".tmp")
     metadata = {"format": "pt", **({"facts": json.dumps(facts, sort_keys=True)} if facts else {})}
     save_file(tensors, temporary, metadata=metadata)
+    # safetensors creates files for the owner alone; a model directory is read by whoever may read config.json.
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)
     _commit(temporary, path)
 
 

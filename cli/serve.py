@@ -69,15 +69,20 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address, not yet listening. UserError if that is impossible."""
+    # getaddrinfo would take a larger number modulo 65536.
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: accepted are 0 (any free port) to 65535")
+    listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except (OSError, OverflowError) as error:
-        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        in_use = error.errno == errno.EADDRINUSE
         fix = (
             "stop the other server or choose another --port (0: any free one)" if in_use else "check --host and --port"
         )

@@ -130,7 +130,7 @@ class DenseMatmul:
             return linear(x.to(self.stored.dtype), self.stored).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.stored, None, "none", [], "")
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], self.stored.shape[0])
 
     def weight(self) -> Tensor:
         """The weight [N, K] as it was given, bit for bit."""

@@ -14,7 +14,7 @@ With TRITON_INTERPRET=1 all of this runs on CPU tensors, which is how it is test
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -107,16 +107,24 @@ class CudaMatmul:
     Raises UserError where triton is missing.
     """
 
+    name = "triton"
+
     def __init__(self, q: QTensor, dtype: torch.dtype) -> None:
         need_triton(f"running {q.spec} weights on a GPU")
         self.packed = repack.pack(q)
+        self.extra = q.extra
         self.capability, self.processors = _device(q.parts["codes"].device)
         self.dtype = compute_dtype(dtype, self.capability)
         self._perm = None if self.packed.perm is None else self.packed.perm.long()
 
     def qtensor(self) -> QTensor:
-        """The QTensor this was made from (without `extra`)."""
-        return repack.unpack(self.packed)
+        """The QTensor this was made from, bit for bit."""
+        return replace(repack.unpack(self.packed), extra=self.extra)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts held."""
+        return sum(t.nbytes for t in (*self.packed.parts, self.packed.perm) if t is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K], any float dtype and strides -> [..., N] in x's dtype."""

@@ -18,6 +18,7 @@ values are exact. Relative error of a weight against the exact value: 2.2e-3 RMS
 1.7e-3).
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -62,7 +63,7 @@ def _by_group(matrix: Tensor, per_group: Tensor, spec: Spec, operation: str) -> 
     whole."""
     r, c = matrix.shape
     group = c if spec.group == -1 else spec.group
-    by_row = spread(per_group, Spec(spec.family, spec.bits, rows=spec.rows), (r, per_group.shape[1]))
+    by_row = spread(per_group, replace(spec, group=-1), (r, c))
     operand = by_row.to(torch.bfloat16)
     whole = c // group * group
     if whole:

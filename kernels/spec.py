@@ -23,7 +23,7 @@ VIEWS = ("", "flat", "axis0")
 PRES = ("perm",)
 ACTS = ("", "a8")
 _TWO_LEVEL = re.compile(r"u8:(f16|f32):(\d+)")
-_GROUP = re.compile(r"g(?:(\d+|all)x)?(\d+)")
+_GROUP = re.compile(r"g(?:(\d+|all)x)?(\d+|all)")
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ class Spec:
             return f"unknown zero point {self.zero!r}; accepted: {', '.join(ZEROS)}"
         if self.view not in VIEWS:
             return f"unknown view {self.view!r}; accepted: flat, axis0 or none"
+        if unknown := [p for p in self.pre if p not in PRES]:
+            return f"unknown input step {unknown[0]!r}; accepted: {', '.join(PRES)}"
+        if self.act not in ACTS:
+            return f"unknown activation quantization {self.act!r}; accepted: a8 or none"
+        tables = [name for name, kind in TABLES.items() if kind == (self.family, self.bits)]
+        if self.table not in (tables or [""]) and self.family != "trellis":
+            return f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(tables) or 'none'}"
         return ""
 
     @property
@@ -88,7 +95,8 @@ class Spec:
         group = "channel" if self.group == -1 else f"g{self.group}"
         if self.rows != 1:
             rows = "all" if self.rows == -1 else str(self.rows)
-            group = "tensor" if (self.rows, self.group) == (-1, -1) else f"g{rows}x{self.group}"
+            columns = "all" if self.group == -1 else str(self.group)
+            group = "tensor" if (self.rows, self.group) == (-1, -1) else f"g{rows}x{columns}"
         parts = [f"{self.family}{self.bits}", self.table, group]
         parts += [self.zero if self.zero != "none" else "", self.scale if self.scale != "f16" else ""]
         return ".".join(p for p in (*parts, self.view, *self.pre, self.act) if p)
@@ -108,8 +116,11 @@ class Spec:
         for token in tokens:
             if token in PRES:
                 pre.append(token)
-            else:
-                found.update(_token(token, text))
+                continue
+            fresh = _token(token, text)
+            if twice := fresh.keys() & found.keys():
+                raise UserError(f"spec {text!r}: {token!r} sets {min(twice)} a second time; leave one of the two out")
+            found.update(fresh)
         return Spec(**found, pre=tuple(pre))  # type: ignore[arg-type]
 
 
@@ -120,7 +131,7 @@ def _token(token: str, text: str) -> dict[str, object]:
         return {"group": -1, "rows": -1}
     if match := _GROUP.fullmatch(token):
         rows = {None: 1, "all": -1}.get(match[1]) or int(match[1])
-        return {"group": int(match[2]), "rows": rows}
+        return {"group": -1 if match[2] == "all" else int(match[2]), "rows": rows}
     for field, accepted in (("zero", ZEROS), ("scale", SCALES), ("view", VIEWS), ("act", ACTS)):
         if token in accepted:
             return {field: token}

@@ -94,7 +94,8 @@ def _short(value: object) -> str:
 def make_paged(model: PreTrainedModel, max_model_len: int, warm_up_tokens: int = 2) -> dict[int, KVShape]:
     """Prepare `model` in place for paged steps of sequences up to `max_model_len` tokens -> what each layer caches.
 
-    `warm_up_tokens` is the length of the one forward this runs. UserError names the model_type and the reason where this model cannot be served.
+    `warm_up_tokens` is the length of the one forward this runs. UserError names the model_type and the reason where
+    this model cannot be served.
     """
     check_supported(model)
     # transformers validates the name against its interface and passes it to every sub-config.

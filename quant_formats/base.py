@@ -142,7 +142,10 @@ def detect(config: Mapping[str, Any], where: str) -> tuple[Format, Recipe] | Non
     if quantization is None:
         return None
     for module in formats().values():
-        recipe = module.detect(quantization)
+        try:
+            recipe = module.detect(quantization)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if recipe is not None:
             return module, recipe
     kind = quantization.get("quant_method", "<none>")
@@ -197,7 +200,10 @@ def known(value: Any, accepted: tuple[Any, ...], field_name: str, method: str) -
     """`value` if the dialect knows it; else a UserError naming the field, the value and what is accepted."""
     if value not in accepted:
         shown = ", ".join(map(repr, accepted))
-        raise UserError(f"quantization_config of {method!r}: {field_name} is {value!r}; bitsmith reads {shown}")
+        raise UserError(
+            f"quantization_config of {method!r}: {field_name} is {value!r}; bitsmith reads {shown}. "
+            f"Nothing was loaded. Fix: use a checkpoint quantized that way, or the unquantized one"
+        )
     return value
 
 

@@ -157,7 +157,8 @@ def _state(read: Reader, name: str, shape: tuple[int, int]) -> tuple[str, dict[s
             )
     if state.get("blocksize") not in BLOCKS:
         raise UserError(
-            f"tensor {place}: blocksize is {state.get('blocksize')!r}; accepted: {', '.join(map(str, BLOCKS))}"
+            f"tensor {place}: blocksize is {state.get('blocksize')!r}; accepted: {', '.join(map(str, BLOCKS))}. "
+            f"Fix: fetch the file again"
         )
     return table, state
 

@@ -22,31 +22,31 @@ from .names import translate
 GREEDY_BELOW = 1e-5
 
 
-def _about(kind: str, help: str, low: float | None = None, high: float | None = None, **more: bool) -> dict[str, Any]:
-    """Metadata of a field whose value is a `kind` within [low, high].
+def about(kind: str, help: str, low: float | None = None, high: float | None = None, **more: bool) -> dict[str, Any]:
+    """Metadata of a field whose value is a `kind` (a key of _CHECKS) within [low, high].
 
     `above`: low itself is refused; `optional`: None is allowed.
     """
     return {"kind": kind, "help": help, "low": low, "high": high, **more}
 
 
-_TEMPERATURE = _about("float", "divides the logits; 0 picks the most likely token (greedy)", 0)
-_TOP_K = _about("int", "keep the k most likely tokens; 0 or -1 keeps all", 0)
-_TOP_P = _about("float", "keep the smallest set of tokens with at least this probability", 0, 1, above=True)
-_MIN_P = _about("float", "keep tokens at least this fraction as likely as the most likely one", 0, 1)
-_REPETITION = _about("float", "above 1 makes tokens of the prompt and the output less likely", 0, above=True)
-_PRESENCE = _about("float", "subtracted once from the logit of every token in the output", -2, 2)
-_FREQUENCY = _about("float", "subtracted from a token's logit for each time it is in the output", -2, 2)
-_BIAS = _about("bias", 'added to the logits of single tokens, as JSON: {"token id": bias}', -100, 100, optional=True)
-_SEED = _about("int", "the same seed gives the same tokens, whatever else runs", -(2**63), 2**63 - 1, optional=True)
-_STOP = _about("strings", "end the output before this text (may be repeated)")
-_STOP_IDS = _about("ints", "end the output at this token id (may be repeated)", 0)
-_IGNORE_EOS = _about("bool", "go on after the end-of-sequence token")
-_MAX_TOKENS = _about("int", "most tokens to generate; -1 or null: as many as the context holds", 1, optional=True)
-_MIN_TOKENS = _about("int", "no end-of-sequence and no stop token before this many tokens", 0)
-_LOGPROBS = _about("int", "report each token's log-probability and those of this many alternatives", 0, optional=True)
-_SKIP_SPECIAL = _about("bool", "leave special tokens out of the text")
-_INCLUDE_STOP = _about("bool", "keep the stop string at the end of the text")
+_TEMPERATURE = about("float", "divides the logits; 0 picks the most likely token (greedy)", 0, 1000)
+_TOP_K = about("int", "keep the k most likely tokens; 0 or -1 keeps all", 0, 2**31 - 1)
+_TOP_P = about("float", "keep the smallest set of tokens with at least this probability", 0, 1, above=True)
+_MIN_P = about("float", "keep tokens at least this fraction as likely as the most likely one", 0, 1)
+_REPETITION = about("float", "above 1 makes tokens of the prompt and the output less likely", 0.001, 1000)
+_PRESENCE = about("float", "subtracted once from the logit of every token in the output", -2, 2)
+_FREQUENCY = about("float", "subtracted from a token's logit for each time it is in the output", -2, 2)
+_BIAS = about("bias", 'added to the logits of single tokens, as JSON: {"token id": bias}', -100, 100, optional=True)
+_SEED = about("int", "the same seed gives the same tokens, whatever else runs", -(2**63), 2**63 - 1, optional=True)
+_STOP = about("strings", "end the output before this text (may be repeated)")
+_STOP_IDS = about("ints", "end the output at this token id (may be repeated)", 0)
+_IGNORE_EOS = about("bool", "go on after the end-of-sequence token")
+_MAX_TOKENS = about("int", "most tokens to generate; -1 or null: as many as the context holds", 1, optional=True)
+_MIN_TOKENS = about("int", "no end-of-sequence and no stop token before this many tokens", 0)
+_LOGPROBS = about("int", "report each token's log-probability and those of this many alternatives", 0, optional=True)
+_SKIP_SPECIAL = about("bool", "leave special tokens out of the text")
+_INCLUDE_STOP = about("bool", "keep the stop string at the end of the text")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class SamplingParams:
 
     def is_neutral(self, *names: str) -> bool:
         """Whether all these fields are at their defaults, so that a sampler reading them changes nothing."""
-        return all(getattr(self, name) == NEUTRAL[name] for name in names)
+        # A dataclass keeps each default as a class attribute.
+        return all(getattr(self, name) == getattr(type(self), name) for name in names)
 
     def check_vocab(self, vocab_size: int) -> None:
         """UserError if logit_bias or stop_token_ids names a token the model does not have."""
@@ -110,10 +111,7 @@ class SamplingParams:
 
         UserError for a name nobody knows.
         """
-        return cls(**translate(request, NEUTRAL))
-
-
-NEUTRAL: dict[str, Any] = {each.name: each.default for each in fields(SamplingParams)}
+        return cls(**translate(request, {each.name: each.default for each in fields(cls)}))
 
 
 @dataclass(frozen=True)
@@ -188,18 +186,16 @@ def _accepted(noun: str, limits: Mapping[str, Any]) -> str:
     return noun + (" or null" if limits.get("optional") else "")
 
 
-def _check_number(name: str, value: Any, limits: Mapping[str, Any], types: tuple[type, ...], noun: str) -> None:
+def _check_number(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None and limits.get("optional"):
         return
-    # A bool is an int to Python; to a caller, `top_k=True` is a mistake.
-    good = type(value) in types and math.isfinite(value)
-    low, high = limits["low"], limits["high"]
-    if good and low is not None:
-        good = value > low if limits.get("above") else value >= low
-    if good and high is not None:
-        good = value <= high
-    if not good:
-        _refuse(name, value, _accepted(noun, limits))
+    whole = limits["kind"] == "int"
+    low = -math.inf if limits["low"] is None else limits["low"]
+    high = math.inf if limits["high"] is None else limits["high"]
+    # A bool is an int to Python; to a caller, `top_k=True` is a mistake. NaN fails every comparison.
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not (good and low <= value <= high and abs(value) < math.inf and not (limits.get("above") and value == low)):
+        _refuse(name, value, _accepted("an integer" if whole else "a number", limits))
 
 
 def _check_bias(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -211,7 +207,7 @@ def _check_bias(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     for token, bias in value.items():
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             _refuse(f"{name}: the key", token, "a token id (an integer of at least 0)")
-        _check_number(f"{name}[{token}]", bias, {**limits, "optional": False}, (int, float), "a number")
+        _check_number(f"{name}[{token}]", bias, {**limits, "optional": False})
 
 
 def _check_items(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -231,8 +227,8 @@ def _check_bool(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 
 _CHECKS: dict[str, Callable[[str, Any, Mapping[str, Any]], None]] = {
-    "float": lambda name, value, limits: _check_number(name, value, limits, (int, float), "a number"),
-    "int": lambda name, value, limits: _check_number(name, value, limits, (int,), "an integer"),
+    "float": _check_number,
+    "int": _check_number,
     "bias": _check_bias,
     "strings": _check_items,
     "ints": _check_items,

@@ -16,8 +16,8 @@ def render(tokenizer: Any, chat: ChatRequest, template: str | None = None) -> st
     """The prompt text of `chat`. RequestError if there is no template, or the template refuses the messages."""
     if template is None and not tokenizer.chat_template:
         raise RequestError(
-            "this model's tokenizer has no chat template: start the server with --chat-template FILE.jinja, "
-            "or send a plain prompt to /v1/completions",
+            "this model's tokenizer has no chat template: start with --chat-template FILE.jinja, "
+            "or use a plain prompt (/v1/completions, `bitsmith generate`)",
             "messages",
         )
     try:

@@ -145,7 +145,7 @@ class Engine:
         return self._chunk(request, request.stop.finish(), None, "abort")
 
     def stats(self) -> dict[str, Any]:
-        """For /metrics: serve.stats plus running, waiting, blocks_total, blocks_free, kv_usage (0 to 1), preemptions."""
+        """serve.stats plus running, waiting, blocks_total, blocks_free, kv_usage (0 to 1) and preemptions."""
         total, free = self.blocks.num_blocks, self.blocks.num_free
         return {
             "running": len(self.scheduler.running),

@@ -54,10 +54,13 @@ class Runner:
     def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
 
-    @torch.inference_mode()
     def run(self, work: Sequence[Work]) -> Tensor:
         """Run `work` (ordered by `order_work`) -> float32 logits `[len(work), vocab]` of each sequence's last token."""
-        batch = make_batch(work, self.cache.block_size, self.model.device)
+        return self.forward(make_batch(work, self.cache.block_size, self.model.device))
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 logits of the rows `batch.last`."""
         with running(Step(batch, self.cache)):
             logits: Tensor = self.model(
                 input_ids=batch.ids.unsqueeze(0),

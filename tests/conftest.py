@@ -19,7 +19,7 @@ SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
-    """`shared("models/books-8m")` is that path of the material beside the checkout, or a skip naming what is missing."""
+    """`shared("models/books-8m")` is that path of the material beside the checkout, or a skip with the reason."""
 
     def find(relative: str) -> Path:
         path = SHARED / relative

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.engine_async import AsyncEngine, EngineDeadError
 from bitsmith.serve.llm import LLM
 from bitsmith.serve.outputs import StreamChunk
+from bitsmith.serve.runner import Work
 
 MakeLLM = Callable[..., LLM]
 
@@ -37,7 +39,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def serving(llm: LLM) -> Any:
+async def serving(llm: LLM) -> AsyncIterator[AsyncEngine]:
     engine = AsyncEngine(llm.engine)
     try:
         yield engine
@@ -128,7 +130,7 @@ def test_shutdown_ends_requests(make_llm: MakeLLM) -> None:
 def test_a_failure_reaches_every_request(make_llm: MakeLLM) -> None:
     llm = make_llm("x" * 50)
 
-    def fail(work: Sequence[tuple[Seq, int]]) -> torch.Tensor:
+    def fail(work: Sequence[Work]) -> torch.Tensor:
         raise ZeroDivisionError("in the forward")
 
     async def go() -> None:
@@ -162,7 +164,7 @@ def test_bad_requests_reach_only_their_caller(make_llm: MakeLLM) -> None:
                 await collect(engine, "r", [1], greedy())
             permits.release(100)
             assert [chunk.finish_reason async for chunk in stream] == [None, None, "stop"]
-            assert engine.is_healthy() and engine.max_model_len == 64 and engine.eos_token_ids == {EOS}
+            assert engine.is_healthy() and engine.max_model_len == 64 and engine.eos_token_ids == {256}
 
     asyncio.run(go())
 

@@ -3,7 +3,9 @@
 import inspect
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,8 +17,6 @@ from bitsmith.kernels.grid import Params
 from bitsmith.kernels.qtensor import QTensor, build, matrix_shape, to_matrix
 from bitsmith.kernels.spec import Spec
 from bitsmith.quant_formats import base, hqq
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,9 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 GOLDEN = Path(__file__).with_name("golden") / "formats.safetensors"
 OURS = (
-    "awq-autoawq029-gemm", "awq-autoawq029-gemv_fast", "awq-w4g128-gemm", "bnb-nf4", "fbgemm-fp8", "fp8-deepseek-block128",
-    "fp8-deepseek-block128-ue8m0", "fp8-pertensor-static", "gptq-w3g64-asym", "gptq-w4g128", "gptq-w4g128-asym-actorder",
-    "gptq-w4g128-asym-v2", "gptq-w8g-1", "gptqmodel-fp8-block", "hqq-hf457-w4g64", "hqq-w1g16-axis1", "hqq-w2g16-axis1",
+    "awq-autoawq029-gemm", "awq-autoawq029-gemv_fast", "awq-w4g128-gemm", "bnb-nf4", "fbgemm-fp8",
+    "fp8-deepseek-block128", "fp8-deepseek-block128-ue8m0", "fp8-pertensor-static", "gptq-w3g64-asym", "gptq-w4g128",
+    "gptq-w4g128-asym-actorder", "gptq-w4g128-asym-v2", "gptq-w8g-1",
+    "gptqmodel-fp8-block", "hqq-hf457-w4g64", "hqq-w1g16-axis1", "hqq-w2g16-axis1",
     "hqq-w3g64-axis1", "hqq-w4g64-axis0", "hqq-w4g64-axis1", "hqq-w8g128-axis1",
 )  # fmt: skip
 FOREIGN = {
@@ -89,7 +90,7 @@ def test_checkpoints_of_other_libraries(shared: Callable[[str], Path], directory
     assert len(modules) == 14
     for name in modules:
         linear = model.get_submodule(name)
-        shape = (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
+        shape = (int(linear.out_features), int(linear.in_features))
         q = fmt.load(read, name, shape, recipe)
         assert_saved_as_read(read, name, fmt.save(q, recipe))
         assert sum(t.numel() for t in q.extra.values()) < 300, "extra is for what is small"
@@ -123,7 +124,8 @@ def _golden() -> dict[str, dict[str, Any]]:
 def test_golden_vectors(case: str) -> None:
     """Small weights packed by the libraries themselves (golden/make_formats.py) decode to the library's own numbers."""
     with safe_open(GOLDEN, "pt") as file:
-        read = Tensors({n.partition("/")[2]: file.get_tensor(n) for n in file.keys() if n.startswith(f"{case}/")})  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(f"{case}/")]  # noqa: SIM118 (safe_open is no mapping)
+        read = Tensors({name.removeprefix(f"{case}/"): file.get_tensor(name) for name in names})
     found = base.detect({"quantization_config": _golden()[case]["config"]}, case)
     assert found is not None
     fmt, recipe = found
@@ -152,52 +154,47 @@ def quantized(spec: Spec, shape: tuple[int, int]) -> QTensor:
     return build(codes, params, spec, shape, perm)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
-@given(
-    name=st.sampled_from(base.names()),
-    bits=st.sampled_from([None, 1, 2, 3, 4, 8]),
-    group=st.sampled_from([None, -1, 8, 16, 32, 64, 128]),
-    sym=st.sampled_from([None, True, False]),
-    desc_act=st.booleans(),
-    n=st.one_of(st.integers(1, 70), st.sampled_from([32, 64, 130])),
-    k=st.one_of(st.integers(1, 140), st.sampled_from([32, 64, 128, 172, 256])),
-)
-def test_whatever_is_accepted_survives_save_and_load(
-    name: str, bits: int | None, group: int | None, sym: bool | None, desc_act: bool, n: int, k: int
-) -> None:
-    """Options and shapes a dialect accepts give a weight that is the same after save, config, detect and load."""
-    fmt, options = base.format_by_name(name), base.Options(name, bits, group, sym, desc_act or None)
-    try:
-        recipe = fmt.recipe(options)
-    except UserError as error:
-        assert name in str(error) or "bitsandbytes" in str(error)
-        return
-    spec = fmt.shaped(recipe.default, (n, k))
-    refused = fmt.check(spec, (n, k))
-    if refused:
-        assert "Fix:" in refused
-        return
-    q = quantized(spec, (n, k))
-    saved = fmt.save(q, recipe)
-    assert set(saved) <= set(fmt.SUFFIXES)
-    assert fmt.MARK in saved
-    found = base.detect(json.loads(json.dumps({"quantization_config": fmt.config(recipe)})), "config.json")
-    assert found is not None and found[0] is fmt
-    back = fmt.load(Tensors({f"m.{s}": t for s, t in saved.items()}), "m", (n, k), found[1])
-    if spec.pre and torch.equal(back.dequantize(), q.dequantize()):
-        # Any order within a group is the same weight; what is written is the order of g_idx.
-        assert all(base.same(t, saved[s]) for s, t in fmt.save(back, found[1]).items())
-        return
-    assert_equal(q, back)
+BITS, GROUPS = (None, 1, 2, 3, 4, 8), (None, -1, 8, 16, 32, 64, 128)
+SIZES = (1, 5, 8, 16, 24, 32, 40, 64, 96, 128, 130, 172, 257)
+
+
+def accepted(name: str) -> list[base.Recipe]:
+    """The recipes of every combination of options that a format takes."""
+    recipes = []
+    for bits, group, sym, desc_act in product(BITS, GROUPS, (None, True, False), (None, True)):
+        try:
+            recipes.append(base.format_by_name(name).recipe(base.Options(name, bits, group, sym, desc_act)))
+        except UserError as error:
+            assert "Fix:" in str(error) or "accepted" in str(error)
+    return recipes
 
 
 @pytest.mark.parametrize("name", base.names())
-def test_each_name_has_shapes_it_accepts(name: str) -> None:
-    """Guards the property above against passing because everything was refused."""
-    fmt = base.format_by_name(name)
-    recipe = fmt.recipe(base.Options(name))
-    assert recipe.format == name
-    assert fmt.check(fmt.shaped(recipe.default, (64, 128)), (64, 128)) == ""
+def test_whatever_is_accepted_survives_save_and_load(name: str) -> None:
+    """Random options and shapes: the weight is the same after save, config, detect and load."""
+    fmt, recipes, draw = base.format_by_name(name), accepted(name), Random(0)
+    assert all(recipe.format == name for recipe in recipes)
+    done = 0
+    while done < 40:
+        recipe, shape = draw.choice(recipes), (draw.choice(SIZES), draw.choice(SIZES))
+        spec = fmt.shaped(recipe.default, shape)
+        refused = fmt.check(spec, shape)
+        if refused:
+            assert "Fix:" in refused
+            continue
+        done += 1
+        q = quantized(spec, shape)
+        saved = fmt.save(q, recipe)
+        assert fmt.MARK in saved and set(saved) <= set(fmt.SUFFIXES)
+        found = base.detect(json.loads(json.dumps({"quantization_config": fmt.config(recipe)})), "config.json")
+        assert found is not None and found[0] is fmt
+        back = fmt.load(Tensors({f"m.{s}": t for s, t in saved.items()}), "m", shape, found[1])
+        if spec.pre:
+            # Any order within a group is the same weight: g_idx, which is what is written, forgets it.
+            assert torch.equal(back.dequantize(), q.dequantize())
+            assert_saved_as_read(Tensors({f"m.{s}": t for s, t in saved.items()}), "m", fmt.save(back, found[1]))
+        else:
+            assert_equal(q, back)
 
 
 @pytest.mark.parametrize("name", base.formats())
@@ -234,20 +231,32 @@ def test_native_hqq_round_trip(shared: Callable[[str], Path], directory: str) ->
                 assert back[name][key] == value, f"{name}.{key}"
 
 
-@pytest.mark.parametrize("facts", [{"nbits": 1.58, "packing": "2bit_u8"}, {"group_size": None}, {"view_as_float": True}])
+@pytest.mark.parametrize(
+    "facts", [{"nbits": 1.58, "packing": "2bit_u8"}, {"group_size": None}, {"view_as_float": True}]
+)
 def test_native_hqq_keeps_unusual_facts(facts: dict[str, Any]) -> None:
-    state = {"W_q": torch.nn.Parameter(torch.zeros(8, 16, dtype=torch.uint8), requires_grad=False), "nbits": 4, "group_size": 16}
+    state = {
+        "W_q": torch.nn.Parameter(torch.zeros(8, 16, dtype=torch.uint8), requires_grad=False),
+        "nbits": 4,
+        "group_size": 16,
+    }
     state |= {"shape": torch.Size((16, 16)), "scale": torch.ones(16, 1), "zero": torch.ones(16, 1), "axis": 1, **facts}
-    assert hqq.tensors_to_native(hqq.native_to_tensors({"m": state})[1])["m"] == pytest.approx(state) or True
     back = hqq.tensors_to_native(hqq.native_to_tensors({"m": state})[1])["m"]
     assert {k: v for k, v in back.items() if not isinstance(v, Tensor)} == {
         k: v for k, v in state.items() if not isinstance(v, Tensor)
     }
+    assert all(base.same(back[k], v) for k, v in state.items() if isinstance(v, Tensor))
 
 
 def test_config_repeats_what_was_left_out() -> None:
     """Skip rules come back as modules_to_not_convert, whether they were read from a file or asked for as globs."""
-    config = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "GEMM", "modules_to_not_convert": ["mlp.gate"]}
+    config = {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 64,
+        "version": "GEMM",
+        "modules_to_not_convert": ["mlp.gate"],
+    }
     found = base.detect({"quantization_config": config}, "here")
     assert found is not None
     fmt, recipe = found
@@ -272,7 +281,9 @@ def test_overrides_survive_the_config(name: str) -> None:
 
 
 def test_old_spellings_of_awq() -> None:
-    found = base.detect({"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMV"}}, "")
+    found = base.detect(
+        {"quantization_config": {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMV"}}, ""
+    )
     assert found is not None
     assert (found[1].default.group, found[1].options["version"]) == (32, "gemv")
     found = base.detect({"quantization_config": {"method": "awq", "bits": 4, "group_size": 64, "format": "gemm"}}, "")

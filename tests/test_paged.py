@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from bitsmith.errors import UserError
 from bitsmith.models import attention
 from bitsmith.models.attention import freeze_rope, make_paged, paged_forward, warm_up
 from bitsmith.models.batch import current_step
+from bitsmith.models.load import load_model, load_tokenizer
 from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.engine import Engine, EngineConfig
-from bitsmith.serve.runner import order_work
+from bitsmith.serve.runner import make_batch, order_work
+from bitsmith.serve.scheduler import Seq
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -131,19 +135,21 @@ def test_preemption_changes_no_token(tiny_model: Build, byte_tokenizer: Any) -> 
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
-def test_int8_cache_keeps_the_distribution(tiny_model: Build, byte_tokenizer: Any) -> None:
-    prompt = prompts()[1]
-    exact, coarse = (
-        last_logits(
-            Engine(tiny_model("Llama"), byte_tokenizer, EngineConfig(kv_cache_dtype=name, num_blocks=40)), prompt
-        )
-        for name in ("none", "int8")
-    )
-    assert not torch.equal(exact, coarse)
-    divergence = torch.nn.functional.kl_div(
-        coarse.log_softmax(0), exact.log_softmax(0), log_target=True, reduction="sum"
-    )
-    assert 0 < divergence < 1e-3
+def test_int8_cache_keeps_the_distribution(shared: Callable[[str], Path]) -> None:
+    """On trained weights. Truncated codes, which other engines have shipped, cost 8 times the divergence."""
+    path = shared("models/books-8m")
+    ids = load_tokenizer(path).encode(shared("data/books-heldout.txt").read_text()[20000:22000])[:400]
+    model = load_model(path)
+    logits = {}
+    for name in ("none", "int8"):
+        engine = Engine(model, None, EngineConfig(kv_cache_dtype=name, num_blocks=32))
+        work = [(Seq("probe", ids, greedy(), blocks=list(range(32))), len(ids))]
+        batch = make_batch(work, 16, model.device)
+        every_row = replace(batch, last=torch.arange(len(ids)))
+        logits[name] = engine.runner.forward(every_row).log_softmax(-1)
+    divergence = (logits["none"].exp() * (logits["none"] - logits["int8"])).sum(-1)
+    assert 0 < divergence.mean() < 6e-5
+    assert (logits["none"].argmax(-1) == logits["int8"].argmax(-1)).float().mean() > 0.99
 
 
 def test_int8_generation_runs_in_every_architecture(tiny_model: Build, byte_tokenizer: Any) -> None:
@@ -233,7 +239,7 @@ def test_unknown_attention_arguments_are_refused() -> None:
     q = torch.zeros(1, 2, 3, 4)
     with pytest.raises(UserError, match=r"Linear passes alibi=<tensor \[2\]> .* does not implement"):
         paged_forward(torch.nn.Linear(1, 1), q, q, q, alibi=torch.ones(2))
-    with pytest.raises(UserError, match="passes dropout=0.5"):
+    with pytest.raises(UserError, match=r"passes dropout=0\.5"):
         paged_forward(torch.nn.Linear(1, 1), q, q, q, dropout=0.5)
     with pytest.raises(UserError, match="passes attention_mask=<tensor"):
         paged_forward(torch.nn.Linear(1, 1), q, q, q, attention_mask=torch.ones(1))

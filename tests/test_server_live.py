@@ -14,7 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from bitsmith.cli.main import main
+from bitsmith.cli.main import build_parser, main
+from bitsmith.cli.serve import with_config
+from bitsmith.errors import UserError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 CONTEXT = 4096
@@ -153,14 +155,37 @@ def test_port_in_use_is_told_before_the_model_is_loaded(server: Running, capsys:
     assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
 
 
-# Last: it stops the server.
-def test_sigterm_ends_a_stream_and_exits_with_0(server: Running) -> None:
-    with server.client.stream("POST", "/v1/chat/completions", json=ENDLESS) as response:
-        first_text(response)
-        server.process.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        assert server.process.wait(timeout=30) == 0
-        assert time.monotonic() - started < 15
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--port", "99999"], "--port 99999: accepted are 0 (any free port) to 65535"),
+        (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1:8000"),
+        (["--config", "/no/such.yaml"], "--config /no/such.yaml: "),
+        (["--chat-template", "/no/such.jinja"], "--chat-template /no/such.jinja: "),
+        (["--prt", "1"], "unknown argument '--prt': did you mean --port?"),
+    ],
+)
+def test_wrong_flags_are_explained(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/no/such/model", *flags]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_config_file_is_flags_under_the_command_line(tmp_path: Path) -> None:
+    def merged(text: str, *flags: str) -> dict[str, object]:
+        (tmp_path / "serve.yaml").write_text(text)
+        line = ["serve", "m", "--config", str(tmp_path / "serve.yaml"), *flags]
+        return vars(with_config(build_parser(["serve"]).parse_args(line)))
+
+    found = merged("port: 9000\nmax_num_seqs: 4\napi-key: -k\n", "--port", "9001")
+    assert (found["port"], found["max_num_seqs"], found["api_key"], found["path"]) == (9001, 4, "-k", "m")
+    for text, says in (
+        ("prt: 1", "unknown argument '--prt=1': did you mean --port?"),
+        ("port: many", "argument --port: invalid int value: 'many'"),
+        ("- a", "must hold a mapping of flag names to values"),
+        ("a: [", "serve.yaml"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            merged(text)
 
 
 def test_generate_prints_one_json_object(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,3 +228,11 @@ def test_chat_streams_replies_to_stdout(
     said = capsys.readouterr().out
     assert main(["generate", str(tiny), "-p", "<user>hello\n<a>", *flags]) == 0
     assert capsys.readouterr().out == said
+
+
+# Last: it stops the server.
+def test_sigterm_ends_a_stream_and_exits_with_0(server: Running) -> None:
+    with server.client.stream("POST", "/v1/chat/completions", json=ENDLESS) as response:
+        first_text(response)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0

@@ -28,8 +28,7 @@ ANIMALS = ("cat", "dog", "hen", "goat", "fox", "duck")
 PLACES = ("kitchen", "garden", "hall", "barn", "attic", "cellar", "mill", "tower")
 COUNTS = ("None.", "One.", "Two.", "Three.", "Four.")
 
-# How often: entities in a story, wordings, kinds of event, kinds of question. Only what is possible takes part.
-N_PEOPLE, N_THINGS, N_ANIMALS = {2: 1, 3: 2, 4: 1}, {2: 1, 3: 2, 4: 1}, {1: 1, 2: 1}
+# How often: wordings, kinds of event, kinds of question. Only what is possible at the time takes part.
 MOVE, TAKE, DROP = {"goes": 5, "walks": 3, "runs": 2}, {"takes": 3, "picks up": 2}, {"drops": 3, "puts down": 2}
 GIVE, WANDER = {"gives": 3, "hands": 2}, {"runs": 1, "wanders": 1}
 EVENTS = {"move": 4, "take": 4, "drop": 2, "give": 3, "wander": 1, "find": 1}
@@ -49,9 +48,15 @@ class Pick(Protocol):
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a story is. A turn of the first or a later kind has at least, and at most, so many events and goes on
-    in between with the given chance; another turn follows with chance `more`, up to `turns`."""
+    """How large and how long a story is.
 
+    people, things, animals: weight of each number of them. A turn has at least, and at most, so many events and goes
+    on in between with the given chance, in the first turn and in later ones; another turn follows with chance `more`.
+    """
+
+    people: dict[int, int] = field(default_factory=lambda: {2: 1, 3: 2, 4: 1})
+    things: dict[int, int] = field(default_factory=lambda: {2: 1, 3: 2, 4: 1})
+    animals: dict[int, int] = field(default_factory=lambda: {1: 1, 2: 1})
     first: tuple[int, int, float] = (5, 12, 0.75)
     later: tuple[int, int, float] = (0, 4, 0.5)
     more: float = 0.75
@@ -147,11 +152,11 @@ def _likely(pick: Pick, options: Sequence[T], likely: Sequence[bool]) -> T:
     return pick(options, [LIKELY if yes else 1 for yes in likely])
 
 
-def _setup(state: State, pick: Pick) -> Iterator[str]:
+def _setup(state: State, pick: Pick, pace: Pace) -> Iterator[str]:
     for table, names, members in (
-        (N_PEOPLE, PEOPLE, state.people),
-        (N_THINGS, THINGS, state.things),
-        (N_ANIMALS, ANIMALS, state.animals),
+        (pace.people, PEOPLE, state.people),
+        (pace.things, THINGS, state.things),
+        (pace.animals, ANIMALS, state.animals),
     ):
         for _ in range(_by_weight(pick, table)):
             name = pick([n for n in names if n not in members])
@@ -216,7 +221,14 @@ def _person_event(state: State, pick: Pick, kind: str, person: str) -> str:
 
 def _question(state: State, pick: Pick) -> tuple[str, str, str]:
     """Kind, question and answer."""
-    kind = _by_weight(pick, ASKED, [k for k in ASKED if k != "before" or state.before])
+    able = {
+        "animal": state.animals,
+        "thing": state.things,
+        "holder": state.things,
+        "together": state.people[1:],
+        "before": [p for p in state.people if p in state.before],
+    }
+    kind = _by_weight(pick, ASKED, [k for k in ASKED if able.get(k, True)])
     if kind in ("person", "animal"):
         name = pick(state.people if kind == "person" else state.animals)
         return kind, f"Where is {'the ' * (kind == 'animal')}{name}?", f"In the {state.place[name]}."
@@ -232,14 +244,14 @@ def _question(state: State, pick: Pick) -> tuple[str, str, str]:
     if kind == "count":
         person = _likely(pick, state.people, [bool(state.held(p)) for p in state.people])
         return kind, f"How many things does {person} have?", COUNTS[len(state.held(person))]
-    person = pick([p for p in state.people if p in state.before])
+    person = pick(able["before"])
     return kind, f"Where was {person} before?", f"In the {state.before[person]}."
 
 
 def _write(pick: Pick, pace: Pace) -> tuple[str, tuple[Question, ...]]:
     """Runs the process; `pick` alone decides. Returns the text and its questions."""
     state, questions = State(), list[Question]()
-    text = " ".join(_setup(state, pick)) + " "
+    text = " ".join(_setup(state, pick, pace)) + " "
     for turn in range(pace.turns):
         state.last = ""
         least, most, more = pace.later if turn else pace.first

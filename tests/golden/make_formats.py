@@ -6,8 +6,8 @@ Run once; the result, formats.safetensors, is in the repository:
     pip download --no-deps auto-gptq==0.7.1 autoawq==0.2.9     # unpack: they no longer import beside transformers 5
     python make_formats.py AUTO_GPTQ_SITE_DIR AUTOAWQ_SOURCE_DIR
 
-Each case holds `<case>/m.<suffix>` (what the library would save), `<case>/expected` (the float32 weight, or its rows named in
-`<case>/rows`), and in the header its quantization_config and the library that made it.
+Each case holds `<case>/m.<suffix>` (what the library would save), `<case>/expected` (the float32 weight, or its rows
+named in `<case>/rows`), and in the header its quantization_config and the library that made it.
 """
 
 import importlib.util
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 TENSORS: dict[str, Tensor] = {}
 ABOUT: dict[str, str] = {}
+Config = dict[str, Any]
 
 
-def keep(case: str, made_by: str, config: dict[str, Any], tensors: dict[str, Tensor], expected: Tensor, **more: Tensor) -> None:
+def keep(case: str, made_by: str, config: Config, tensors: dict[str, Tensor], expected: Tensor, **more: Tensor) -> None:
     for name, tensor in {"expected": expected.float(), **more}.items():
         TENSORS[f"{case}/{name}"] = tensor.detach().clone().contiguous()
     for suffix, tensor in tensors.items():
@@ -44,7 +45,7 @@ def module_from(path: Path, **stubs: Any) -> types.ModuleType:
 
 
 def affine(n: int, k: int, g: int, bits: int, lowest_zero: int) -> tuple[nn.Linear, Tensor, Tensor, Tensor]:
-    """A float32 linear that lies exactly on an affine grid, its scales and zeros [n, k/g], and the group of each input."""
+    """A float32 linear that lies on an affine grid, its scales and zeros [n, k/g], and the group of each input."""
     scales = (torch.rand(n, k // g) * 0.02 + 0.01).half().float()
     zeros = torch.randint(lowest_zero, 1 << bits, (n, k // g)).float()
     codes = torch.randint(0, 1 << bits, (n, k)).float()
@@ -70,7 +71,7 @@ def gptq(site: Path) -> None:
         expected = linear.weight.data.clone()
         layer = source.QuantLinear(bits, g, k, n, bias=False)
         layer.pack(linear, scales, zeros.clone(), groups.int())
-        state = {name: tensor for name, tensor in layer.state_dict().items()}
+        state = dict(layer.state_dict())
         state["scales"] = state["scales"].half()
         config = {"quant_method": "gptq", "bits": bits, "group_size": g, "sym": False, "desc_act": act_order}
         keep(case, "auto-gptq 0.7.1", config, state, expected)
@@ -80,7 +81,10 @@ def awq(source: Path) -> None:
     utils = types.ModuleType("awq.utils.module")
     utils.try_import = lambda name: (None, "")  # type: ignore[attr-defined]
     stubs = {"awq": types.ModuleType("awq"), "awq.utils": types.ModuleType("awq.utils"), "awq.utils.module": utils}
-    for version, file, name in (("gemv", "gemv.py", "WQLinear_GEMV"), ("gemv_fast", "gemv_fast.py", "WQLinear_GEMVFast")):
+    for version, file, name in (
+        ("gemv", "gemv.py", "WQLinear_GEMV"),
+        ("gemv_fast", "gemv_fast.py", "WQLinear_GEMVFast"),
+    ):
         layers = module_from(source / "awq/modules/linear" / file, **stubs)
         for g, k in ((64, 192), (32, 64)):
             linear, scales, zeros, _ = affine(8, k, g, 4, lowest_zero=0)
