@@ -50,7 +50,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [R, words(columns, bits)] -> uint8 [R, columns]: the inverse of `pack`."""
     if 32 % bits == 0:
         # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
-        lanes = packed.reshape(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+        lanes = packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
         if bits < 8:
             mask = (1 << bits) - 1
             lanes = torch.stack([(lanes >> (i * bits)) & mask for i in range(8 // bits)], -1).flatten(1)

@@ -83,17 +83,19 @@ def _values(codes: Tensor, bits: int, table: Tensor, columns: int) -> Tensor:
 
 def _fields(codes: Tensor, width: int, count: int) -> Tensor:
     """The first `count` fields of `width` bits of each row's stream: int32 [R, W] -> int64 [R, count]."""
-    codes = codes.contiguous()
+    r = codes.shape[0]
+    # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
+    words = codes.contiguous().view(-1)
     if width == 16:
-        return codes.view(torch.uint16)[:, :count].long()
-    stream = codes.view(torch.uint8)
+        return words.view(torch.uint16).view(r, -1)[:, :count].long()
+    stream = words.view(torch.uint8).view(r, -1)
     if width == 8:
         return stream[:, :count].long()
     # Four fields fill width / 2 whole bytes, at most 7: gather those in an int64 and shift the fields out.
-    size, words = width // 2, -(-count // 4)
-    stream = pad(stream, (0, max(0, words * size - stream.shape[1])))[:, : words * size].unflatten(1, (words, size))
-    word = torch.zeros(codes.shape[0], words, dtype=torch.int64, device=codes.device)
-    octets = word.view(torch.uint8).unflatten(1, (words, 8))
+    size, quads = width // 2, -(-count // 4)
+    stream = pad(stream, (0, max(0, quads * size - stream.shape[1])))[:, : quads * size].unflatten(1, (quads, size))
+    word = torch.zeros(r, quads, dtype=torch.int64, device=codes.device)
+    octets = word.view(torch.uint8).unflatten(1, (quads, 8))
     for i in range(size):
         octets[..., i] = stream[..., i]
     fields = (word[..., None] >> (torch.arange(4, device=codes.device) * width)).bitwise_and_((1 << width) - 1)

@@ -78,7 +78,9 @@ class Spec:
             return f"unknown activation quantization {self.act!r}; accepted: a8 or none"
         tables = [name for name, kind in TABLES.items() if kind == (self.family, self.bits)]
         if self.table not in (tables or [""]) and self.family != "trellis":
-            return f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(tables) or 'none'}"
+            return (
+                f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(tables) or 'none'}"
+            )
         return ""
 
     @property
@@ -110,7 +112,9 @@ class Spec:
         head, *tokens = text.split(".")
         match = re.fullmatch(r"([a-z]+)(\d)", head)
         if not match:
-            raise UserError(f"spec {text!r}: must begin with a family and its bits, as in affine4; families: {FAMILIES}")
+            raise UserError(
+                f"spec {text!r}: must begin with a family and its bits, as in affine4; families: {FAMILIES}"
+            )
         found: dict[str, object] = {"family": match[1], "bits": int(match[2])}
         pre: list[str] = []
         for token in tokens:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..kernels import bits
 from ..kernels.qtensor import QTensor
 from ..kernels.spec import Spec
@@ -103,6 +104,11 @@ def check(spec: Spec, shape: tuple[int, int]) -> str:
 def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTensor:
     spec = recipe.spec(name)
     assert spec is not None
+    problem = check(spec, shape)
+    if not problem and recipe.options["version"] == "gemv_fast" and shape[1] % 64:
+        problem = f"in_features {shape[1]} is not a multiple of 64, which gemv_fast interleaves"
+    if problem:
+        raise UserError(f"{name}: {problem}. The quantization_config does not belong to this model")
     groups = 1 if spec.group == -1 else shape[1] // spec.group
     reader = {"gemm": _load_gemm, "gemv": _load_gemv, "gemv_fast": _load_fast}[recipe.options["version"]]
     parts = reader(read, name, shape, groups)

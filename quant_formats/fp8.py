@@ -48,6 +48,7 @@ def detect(config: Mapping[str, Any]) -> Recipe | None:
     if "weight_scale_semantics" in config:
         options |= {k: config[k] for k in _GPTQMODEL if k in config}
     tile = config.get("weight_block_size")
+    known(len(tile or (0, 0)), (2,), "length of weight_block_size", "fp8")
     name = "fp8-block" if tile else "fp8"
     spec = tile_spec(*tile) if tile else tile_spec(-1, -1)
     return Recipe(name, (*not_converted(skips), ("*", spec)), {**options, "modules_to_not_convert": skips})

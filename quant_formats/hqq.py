@@ -124,7 +124,7 @@ def check(spec: Spec, shape: tuple[int, int]) -> str:
 
 
 def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTensor:
-    facts = {key: _decode(read(f"{name}.{key}"), kind) for key, kind in _FACTS.items() if f"{name}.{key}" in read}
+    facts = {key: _fact(read, f"{name}.{key}", kind) for key, kind in _FACTS.items() if f"{name}.{key}" in read}
     width, group, axis = _geometry(facts, name, shape)
     rows, columns = (group, shape[0] * shape[1] // group) if axis == 0 else (shape[0] * shape[1] // group, group)
     codes = _read_codes(read, name, facts, (rows, columns))
@@ -146,6 +146,13 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
     }
     q = QTensor(spec, shape, parts)
     return replace(q, extra=kept(read, name, _facts(q, recipe), tuple(_FACTS)))
+
+
+def _fact(read: Reader, name: str, kind: type) -> Any:
+    try:
+        return _decode(read(name), kind)
+    except (ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"tensor {name} is no encoded {kind.__name__} ({error}). Fix: fetch the file again") from error
 
 
 def _geometry(facts: Mapping[str, Any], name: str, shape: tuple[int, int]) -> tuple[int, int, int]:

@@ -146,8 +146,8 @@ def _state(read: Reader, name: str, shape: tuple[int, int]) -> tuple[str, dict[s
     table = "fp4" if f"{name}.{_STATES['fp4']}" in read else "nf4"
     place = f"{name}.{_STATES[table]}"
     try:
-        state = json.loads(bytes(read(place).tolist()))
-    except ValueError as error:
+        state = dict(json.loads(bytes(read(place).tolist())))
+    except (ValueError, TypeError) as error:
         raise UserError(f"tensor {place} is no JSON ({error}). Fix: fetch the file again") from error
     wanted = {"quant_type": table, "shape": list(shape), "nested_dtype": state.get("nested_dtype") and "float32"}
     for key, value in wanted.items():

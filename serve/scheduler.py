@@ -136,9 +136,10 @@ class Scheduler:
     def schedule(self) -> list[tuple[Seq, int]]:
         """The next step: (sequence, number of new tokens), decoding ones first. Empty only when there is no work."""
         batch: list[tuple[Seq, int]] = []
-        # A copy: a preemption removes from `running`, always behind the sequence at hand.
+        # A copy: a preemption removes from `running`, always behind the sequence at hand. What it removed was run before,
+        # so it has two tokens at least to compute again and is no decoding sequence here.
         for seq in self.running[:]:
-            if seq.status == "running" and seq.remaining == 1 and self._secure(seq):
+            if seq.remaining == 1 and self._secure(seq):
                 batch.append((seq, 1))
         budget = self.max_num_batched_tokens - len(batch)
         prefilling = [seq for seq in self.running if seq.remaining > 1]

@@ -109,8 +109,10 @@ def test_one_batch_of_different_parameters(make_llm: MakeLLM) -> None:
     alone = [llm.generate([prompt], one)[0] for prompt, one in zip(prompts, params, strict=True)]
     assert together == alone
     assert [output.completion_tokens for output in together] == [5, 9, 7]
-    # The default is 16 tokens.
-    assert [output.completion_tokens for output in llm.generate("a single string")] == [16]
+
+
+def test_a_single_string_and_default_parameters(make_llm: MakeLLM) -> None:
+    assert [output.completion_tokens for output in make_llm("x" * 50).generate("a single string")] == [16]
 
 
 def test_generate_refuses_bad_requests_before_running(make_llm: MakeLLM) -> None:

@@ -130,8 +130,7 @@ def test_awq_gemv_keeps_what_is_in_the_padding() -> None:
 
 
 def test_awq_gemv_fast_gives_integers_back_where_they_are_exact() -> None:
-    recipe = awq.detect({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv_fast"})
-    assert recipe is not None
+    recipe = fast(32)
     q = quantized(recipe.default, SHAPE)
     scales = torch.full_like(q.parts["scales"], 0.125)
     exact = QTensor(q.spec, q.shape, {**q.parts, "scales": scales})
@@ -165,6 +164,12 @@ def as_fact(value: Any) -> Callable[[Tensor], Tensor]:
     return lambda _: hqq._encode(value)
 
 
+def fast(group: int) -> base.Recipe:
+    recipe = awq.detect({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv_fast"})
+    assert recipe is not None
+    return recipe
+
+
 STATE = "weight.quant_state.bitsandbytes__nf4"
 LOADING: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "gptq shape": (
@@ -182,6 +187,15 @@ LOADING: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "awq missing": (change("awq", "qzeros", None, group_size=32), ("m.qzeros", "missing")),
     "awq shape": (change("awq", "qweight", lambda t: t.T, group_size=32), ("m.qweight", "(4, 64)", "expected (64, 4)")),
     "awq dtype": (change("awq", "scales", lambda t: t.to(torch.int32), group_size=32), ("m.scales", "torch.int32")),
+    "awq other model": (
+        lambda: awq.load(Tensors(), "m", (60, 64), awq.recipe(base.Options("awq"))),
+        ("m: out_features 60 is not a multiple of 8", "does not belong to this model"),
+    ),
+    "awq fast": (
+        lambda: awq.load(Tensors(), "m", (64, 96), fast(32)),
+        ("m: in_features 96 is not a multiple of 64, which gemv_fast interleaves",),
+    ),
+    "hqq fact": (change("hqq", "compute_dtype", as_fact("torch.nonsense")), ("m.compute_dtype", "no encoded dtype")),
     "fp8 dtype": (change("fp8", "weight", lambda t: t.half()), ("m.weight", "torch.float16", "float8_e4m3fn")),
     "fp8 scale": (
         change("fp8", "weight_scale_inv", lambda t: torch.ones(2, 2)),
@@ -266,6 +280,7 @@ ASKING: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
         ("dynamic[+:x].bits is 8", "reads 4"),
     ),
     "fp8 e5m2": (read_config(quant_method="fp8", fmt="e5m2"), ("fmt is 'e5m2'", "'e4m3'")),
+    "fp8 tile": (read_config(quant_method="fp8", weight_block_size=[128]), ("length of weight_block_size is 1",)),
     "fp8 experts": (read_config(quant_method="fp8", expert_dtype="fp4"), ("expert_dtype is 'fp4'",)),
     "fp8 semantics": (
         read_config(quant_method="fp8", weight_scale_semantics="log"),

@@ -65,7 +65,7 @@ MIXED = (
     SamplingParams(top_k=5),
     SamplingParams(top_k=10**6),
     SamplingParams(top_p=0.8),
-    SamplingParams(top_p=1e-9),
+    SamplingParams(top_p=1e-300),
     SamplingParams(min_p=0.1),
     SamplingParams(repetition_penalty=1.7),
     SamplingParams(repetition_penalty=0.6, temperature=0),
@@ -105,9 +105,12 @@ def test_distribution_matches_the_definitions_row_by_row(seed: int) -> None:
         np.testing.assert_allclose(probs[row].numpy(), wanted, rtol=2e-5, atol=1e-9, err_msg=str(each))
 
 
-def test_min_tokens_needs_no_end_tokens() -> None:
-    probs = distribution(torch.zeros(1, 4), [SamplingParams(min_tokens=3)], [[0]], [[]])
-    assert torch.equal(probs, torch.full((1, 4), 0.25))
+def test_min_tokens_ends_with_the_token_it_names() -> None:
+    params = [SamplingParams(min_tokens=2, stop_token_ids=(0,))] * 3
+    probs = distribution(torch.zeros(3, 4), params, [[0]] * 3, [[1], [1, 1], [1, 1, 1]], EOS)
+    assert probs.tolist() == [[0, 0.5, 0.5, 0], [0.25] * 4, [0.25] * 4]
+    # A model without end tokens has nothing to ban.
+    assert distribution(torch.zeros(1, 4), [SamplingParams(min_tokens=3)], [[0]], [[]]).tolist() == [[0.25] * 4]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,6 +149,12 @@ def test_a_neutral_parameter_returns_the_same_bits(name: str) -> None:
     logits = torch.tensor([[-0.0, 1e-42, -3.3e38, 0.1, 7.0], [-math.inf, 12.5, -1e-3, 12.5, 0.0]])
     out = NEUTRAL_CALLS[name](logits, torch.ones(2, 1))
     assert torch.equal(out.view(torch.int32), logits.view(torch.int32))
+
+
+def test_top_p_1_keeps_all_although_float32_sums_exceed_1() -> None:
+    logits = torch.randn(1, 100_000)
+    assert float(logits.softmax(-1).sort(descending=True).values.cumsum(-1).max()) > 1
+    assert torch.equal(steps.top_p(logits, torch.ones(1, 1)), logits)
 
 
 def test_rows_a_step_does_not_concern_keep_their_bits() -> None:
@@ -244,10 +253,26 @@ def test_large_vocabulary() -> None:
 def test_splitmix64_known_answers() -> None:
     """The generator's published outputs for seed 1234567."""
     wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    gamma = draw._signed(draw._GAMMA)
-    bits = draw._mix_tensor(torch.arange(1, 6) * gamma + 1234567)
-    assert [int(value) & (2**64 - 1) for value in bits] == wanted
     assert [draw._mix((1234567 + i * draw._GAMMA) & (2**64 - 1)) for i in range(1, 6)] == wanted
+    noise = draw.exponential(torch.tensor(1234567), torch.arange(5))
+    assert noise.tolist() == pytest.approx([-math.log1p(-value / 2**64) for value in wanted], rel=1e-6)
+    assert draw.keys([-1], [2], torch.device("cpu")).tolist() == [
+        draw._signed(draw._mix((draw._mix(2**64 - 1) + 2) & (2**64 - 1)))
+    ]
+
+
+def test_the_extreme_numbers_are_finite_and_positive() -> None:
+    """A zero would win against any probability, an infinity would lose even alone."""
+    value = 2**64 - 1
+    # The state whose hash has all bits set, by undoing `_mix`; the one of 0 is 0.
+    value ^= (value >> 31) ^ (value >> 62)
+    for shift, multiplier in zip((27, 30), reversed(draw._MULTIPLIERS), strict=True):
+        value = value * pow(multiplier, -1, 2**64) % 2**64
+        value ^= (value >> shift) ^ (value >> 2 * shift)
+    assert draw._mix(value) == 2**64 - 1
+    state = torch.tensor([draw._signed((v - draw._GAMMA) % 2**64) for v in (0, value)])
+    noise = draw.exponential(state, torch.tensor(0))
+    assert noise.tolist() == pytest.approx([2.0**-54, 24 * math.log(2)], rel=1e-6)
 
 
 def test_noise_is_exponential_and_independent_of_its_neighbours() -> None:

@@ -213,11 +213,11 @@ def test_the_youngest_is_preempted_and_recomputed_with_its_output() -> None:
 
 def test_admission_leaves_a_block_for_every_running_sequence() -> None:
     scheduler = make(num_blocks=4)
-    add(scheduler, "a", 4)
-    assert step(scheduler) == [("a", 4)]
+    add(scheduler, "a", 3)
+    assert step(scheduler) == [("a", 3)]
     add(scheduler, "b", 3)
-    # 2 blocks are free and b needs both: a would take one of them back in the next step.
-    assert step(scheduler) == [("a", 1)]
+    # 2 blocks are free and b needs both, but a would take one of them back in the next step.
+    assert step(scheduler) == [("a", 1)] and scheduler.blocks.num_free == 2
     assert [seq.request_id for seq in scheduler.waiting] == ["b"] and scheduler.preemptions == 0
 
 
