@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from . import bits
+from .families import family
+from .lang import HAVE_TRITON, INSTALL
 from .qtensor import QTensor
 from .spec import Spec
 from .tiles import Parts, widths
@@ -35,7 +37,12 @@ class Packed:
 
 
 def supported(q: QTensor) -> str:
-    """Why the device templates cannot take `q` (the caller then dequantizes with the torch twin), or ""."""
+    """Why the device templates cannot take `q` here (the caller then dequantizes with the torch twin), or ""."""
+    return layout_problem(q) or _machine_problem(q)
+
+
+def layout_problem(q: QTensor) -> str:
+    """Why the device layout cannot hold `q`, or ""."""
     spec = q.spec
     if find_spec(f".{spec.family}_device", __package__) is None:
         return f"{spec}: no device code for the {spec.family} family yet"
@@ -48,9 +55,20 @@ def supported(q: QTensor) -> str:
     return ""
 
 
+def _machine_problem(q: QTensor) -> str:
+    device, least = q.parts["codes"].device, family(q.spec).min_capability
+    if not HAVE_TRITON:
+        return f"{q.spec}: {INSTALL}"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor < least:
+            return f"{q.spec}: the kernels need sm_{least} or newer and {device} is sm_{major}{minor}"
+    return ""
+
+
 def pack(q: QTensor) -> Packed:
-    """The device form of `q`, on its device; `supported(q)` must be empty."""
-    assert not supported(q), supported(q)
+    """The device form of `q`, on its device; `layout_problem(q)` must be empty."""
+    assert not layout_problem(q), layout_problem(q)
     spec = replace(q.spec, view="", pre=())
     n, k = q.shape
     parts = dict(q.parts)

@@ -46,7 +46,7 @@ import torch
 from bitsmith.errors import UserError
 for name in "lang tiles affine_device minifloat_device codebook_device matmul repack cuda aot".split():
     importlib.import_module(f"bitsmith.kernels.{name}")
-from bitsmith.kernels import aot, bits, cuda, lang, matmul
+from bitsmith.kernels import aot, bits, cuda, lang, matmul, repack
 from bitsmith.kernels.qtensor import QTensor
 from bitsmith.kernels.spec import Spec
 assert not lang.HAVE_TRITON and not lang.interpreted()
@@ -57,11 +57,13 @@ for use in (make, lambda: matmul.gemv[(1,)](), lambda: matmul.decode(), lambda: 
         use()
     except UserError as error:
         print(error)
+print(repack.supported(q))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     starts = ["running affine4.g32.sym weights on a GPU: ", "gemv: ", "decode: ", "compiling kernels ahead of time: "]
+    starts.append("affine4.g32.sym: ")
     assert len(lines) == len(starts)
     for line, start in zip(lines, starts, strict=True):
         assert line.startswith(
@@ -104,7 +106,18 @@ def test_bfloat16_below_sm_80_runs_in_float16_and_says_so_once(caplog: pytest.Lo
 )
 def test_unsupported_says_why(text: str, shape: tuple[int, int], words: str) -> None:
     q = QTensor(Spec.parse(text), shape, {"codes": torch.zeros(1, 1, dtype=torch.int32)})
-    assert words in repack.supported(q) and text in repack.supported(q)
+    assert words in repack.supported(q)
+    assert text in repack.supported(q)
+
+
+def test_a_gpu_older_than_the_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevice:
+        device = torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (5, 2))
+    monkeypatch.setattr(repack, "HAVE_TRITON", True)
+    q = QTensor(Spec.parse("affine4.g32.sym"), (1, 32), {"codes": OnDevice()})
+    assert repack.supported(q) == "affine4.g32.sym: the kernels need sm_60 or newer and cuda:0 is sm_52"
 
 
 @pytest.mark.parametrize("width", range(1, 9))
