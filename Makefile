@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow check fmt clean install
+.PHONY: demo test test-slow support check fmt clean install
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow"
+
+# The README's table of what works, from a run of the tests named in tests/support.yaml.
+support: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not interop and not gpu" --write-support
+	$(BIN)/bitsmith eval report --readme README.md
 
 # mypy follows no editable install whose package is the repository root, so it is shown a directory that holds `bitsmith`.
 check: $(STAMP)

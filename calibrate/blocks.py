@@ -20,7 +20,11 @@ _BATCH = 8
 
 def find_blocks(model: PreTrainedModel) -> str:
     """Path of the ModuleList that holds the decoder blocks: the longest one of a single class."""
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1]
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
     if not lists:
         raise UserError(
             f"model_type {model.config.model_type!r} has no list of equal decoder blocks, which the block-by-block driver needs. "
@@ -62,7 +66,9 @@ class Blocks:
             with self._stub(None) as seen:
                 self._forward(self.ids[:1])
         if len(seen) != len(self.list):
-            raise UserError(f"{len(seen)} of {len(self.list)} blocks were called in one forward; this architecture is not supported")
+            raise UserError(
+                f"{len(seen)} of {len(self.list)} blocks were called in one forward; this architecture is not supported"
+            )
         self.calls = [(args[1:], kwargs) for args, kwargs in seen]
 
     @contextmanager

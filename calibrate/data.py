@@ -21,14 +21,18 @@ def read_text(source: str, tokenizer: Any = None) -> str:
         return _hub(source.removeprefix("hub:"))
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"calibration text {source} does not exist. Fix: --calib FILE (.txt or .jsonl) or --calib hub:NAME")
+        raise UserError(
+            f"calibration text {source} does not exist. Fix: --calib FILE (.txt or .jsonl) or --calib hub:NAME"
+        )
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{source} is not UTF-8 text ({error}). Fix: convert it, or choose another file") from error
     if path.suffix != ".jsonl":
         return content
-    return "\n\n".join(_row(line, f"{source}:{number}", tokenizer) for number, line in enumerate(content.splitlines(), 1) if line)
+    return "\n\n".join(
+        _row(line, f"{source}:{number}", tokenizer) for number, line in enumerate(content.splitlines(), 1) if line
+    )
 
 
 def _row(line: str, where: str, tokenizer: Any) -> str:
@@ -40,20 +44,26 @@ def _row(line: str, where: str, tokenizer: Any) -> str:
         return str(row["text"])
     if isinstance(row, dict) and isinstance(row.get("messages"), list) and getattr(tokenizer, "chat_template", None):
         return str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
-    raise UserError(f'{where} has neither a string "text" nor "messages" the chat template can render. Fix: give one of them')
+    raise UserError(
+        f'{where} has neither a string "text" nor "messages" the chat template can render. Fix: give one of them'
+    )
 
 
 def _hub(name: str) -> str:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(f"--calib hub:{name} needs the datasets library. Fix: pip install 'bitsmith[hub]', or give a file") from error
+        raise UserError(
+            f"--calib hub:{name} needs the datasets library. Fix: pip install 'bitsmith[hub]', or give a file"
+        ) from error
     path, _, split = name.partition(":")
     try:
         rows = load_dataset(path, split=split or "train", streaming=True)
         return "\n\n".join(str(row["text"]) for row in rows.take(4096))
     except (OSError, ValueError, KeyError, ConnectionError) as error:
-        raise UserError(f"dataset {path} could not be read ({error}). Fix: check its name and the network, or give a file") from error
+        raise UserError(
+            f"dataset {path} could not be read ({error}). Fix: check its name and the network, or give a file"
+        ) from error
 
 
 def token_blocks(text: str, tokenizer: Any, samples: int, seqlen: int, seed: int, where: str) -> Tensor:

@@ -75,7 +75,9 @@ def quantize(
     chosen = replace(fmt.recipe(wanted), method=method, calib=calib or "")
     how = method_by_name(method)
     if how.NEEDS_CALIBRATION and calib is None:
-        raise UserError(f"--method {method} looks at data. Fix: --calib FILE (.txt, .jsonl) or hub:NAME, or --method rtn or hqq")
+        raise UserError(
+            f"--method {method} looks at data. Fix: --calib FILE (.txt, .jsonl) or hub:NAME, or --method rtn or hqq"
+        )
     ckpt = Checkpoint(src)
     model = build(ckpt, torch.float32)
     rules = head_rules(model, chosen, fmt, head_bits)
@@ -98,12 +100,16 @@ def quantize(
     return {**summary, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _calibration(ckpt: Checkpoint, how: Method, calib: str | None, samples: int, seqlen: int, seed: int) -> Tensor | None:
+def _calibration(
+    ckpt: Checkpoint, how: Method, calib: str | None, samples: int, seqlen: int, seed: int
+) -> Tensor | None:
     if not how.NEEDS_CALIBRATION or calib is None:
         return None
     longest = ckpt.config.get("max_position_embeddings")
     if isinstance(longest, int) and seqlen > longest:
-        raise UserError(f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most {longest}")
+        raise UserError(
+            f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most {longest}"
+        )
     tokenizer = load_tokenizer(ckpt.path)
     return token_blocks(read_text(calib, tokenizer), tokenizer, samples, seqlen, seed, calib)
 
@@ -214,7 +220,9 @@ class _Run:
             tensors = [self._dense(s, stored).to(self.device, copy=True) for s in placement.sources]
             for name, tensor in placement.convert(tensors, self.model).items():
                 if not assign(self.model, name, tensor):
-                    raise UserError(f"{self.ckpt.path}: tensor {placement.sources[0]} has no place in the model (as {name})")
+                    raise UserError(
+                        f"{self.ckpt.path}: tensor {placement.sources[0]} has no place in the model (as {name})"
+                    )
 
     def _dense(self, source: str, stored: Part | None) -> Tensor:
         module = source.removesuffix(".weight")
@@ -237,7 +245,9 @@ class _Run:
             self._one(item, None, done, errors, bar)
         return done
 
-    def _with_data(self, index: int, items: list[Item], blocks: Blocks, errors: dict[str, float], bar: Any) -> dict[str, QTensor]:
+    def _with_data(
+        self, index: int, items: list[Item], blocks: Blocks, errors: dict[str, float], bar: Any
+    ) -> dict[str, QTensor]:
         prefix = f"{self.path}.{index}"
         block = self.model.get_submodule(prefix)
         linears = {i.key: self.model.get_submodule(i.key) for i in items if i.expert is None}
@@ -254,14 +264,22 @@ class _Run:
         self._expert_items(index, items, blocks, done, errors, bar)
         for item in items:
             if item.module not in done:
-                raise UserError(f"{item.module} was not called by its block, so it cannot be calibrated. Fix: --skip '{item.module}'")
+                raise UserError(
+                    f"{item.module} was not called by its block, so it cannot be calibrated. Fix: --skip '{item.module}'"
+                )
         return done
 
     def _sample(self, blocks: Blocks, index: int) -> None:
         blocks.sample(index)
 
     def _expert_items(
-        self, index: int, items: list[Item], blocks: Blocks, done: dict[str, QTensor], errors: dict[str, float], bar: Any
+        self,
+        index: int,
+        items: list[Item],
+        blocks: Blocks,
+        done: dict[str, QTensor],
+        errors: dict[str, float],
+        bar: Any,
     ) -> None:
         """Experts, projection by projection: the second sees the first one quantized."""
         wanted = [i for i in items if i.expert is not None]
@@ -297,7 +315,9 @@ class _Run:
             scale = search_scale(weights, [specs[p] for p in group.linears], stats[group.linears[0]], self.settings)  # type: ignore[arg-type]
             fold(self.model, group, scale, lambda: blocks.sample(index))
 
-    def _one(self, item: Item, stats: Stats | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any) -> None:
+    def _one(
+        self, item: Item, stats: Stats | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
+    ) -> None:
         live = item.live(self.model)
         q = self.method.quantize(live.float(), item.spec, stats, self.settings)
         w_hat = q.dequantize()
@@ -359,6 +379,11 @@ class _Run:
         original = json.loads((self.ckpt.path / "config.json").read_text())
         if self.alias:
             original["tie_word_embeddings"] = False
-        note = {"version": __version__, "method": self.recipe.method, "calib": Path(self.recipe.calib).name, "specs": specs}
+        note = {
+            "version": __version__,
+            "method": self.recipe.method,
+            "calib": Path(self.recipe.calib).name,
+            "specs": specs,
+        }
         note |= {"bpw": summary["bpw"], "errors": {k: float(f"{v:.6g}") for k, v in summary["errors"].items()}}
         return {**original, "quantization_config": self.fmt.config(self.recipe), "bitsmith": note}

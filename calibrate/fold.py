@@ -21,7 +21,9 @@ class InputGroup:
     producer: str
 
 
-def input_groups(block: nn.Module, prefix: str, linears: dict[str, nn.Module], run: Callable[[], None]) -> list[InputGroup]:
+def input_groups(
+    block: nn.Module, prefix: str, linears: dict[str, nn.Module], run: Callable[[], None]
+) -> list[InputGroup]:
     """Group `linears` (path -> module) by the tensor they read while `run` executes the block once."""
     # Tensors are kept alive so that no identity is reused.
     readers: dict[int, tuple[Tensor, list[str]]] = {}

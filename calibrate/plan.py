@@ -126,7 +126,9 @@ def check_patterns(rules: tuple[Rule, ...], modules: list[str]) -> None:
     """A pattern that matches nothing is a typing mistake: UserError naming it."""
     for pattern, _ in rules:
         if not any(matches(pattern, m) for m in modules):
-            raise UserError(f"pattern {pattern!r} matches no module. Fix: `bitsmith inspect` lists them; the first is {modules[0]}")
+            raise UserError(
+                f"pattern {pattern!r} matches no module. Fix: `bitsmith inspect` lists them; the first is {modules[0]}"
+            )
 
 
 def source_name(ckpt: Checkpoint) -> str:

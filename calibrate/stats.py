@@ -62,7 +62,9 @@ class Reached(Exception):
 
 
 @contextmanager
-def gather(modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop_after: str | None) -> Iterator[dict[str, Stats]]:
+def gather(
+    modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop_after: str | None
+) -> Iterator[dict[str, Stats]]:
     """Within the context, inputs of `modules` (path -> linear) and of each expert are added up under their key.
 
     Keys: a linear's path; "path/name/index" for expert `index` of projection `name`. With `stop_after`, `Reached` is raised as

@@ -22,7 +22,16 @@ from ..models.checkpoint import read_json
 # Bytes of one file of the finished model; merging holds one of them in memory.
 _SHARD_BYTES = 2 << 30
 # What a model directory holds beside weights and config: copied as it is.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "generation_config.json")
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+)
 
 
 class Store:
@@ -83,7 +92,9 @@ class Store:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 total += self._write_shard(file, names)
                 where |= {name: file for _, name in names}
-            write_json(self.work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(
+                self.work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
+            )
         for index in range(count):
             self._part(index).unlink()
 

@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH")
+    parser.add_argument("--name", metavar="MODEL", help="the unquantized model's name in results (default: directory)")
     parser.add_argument("--device", default="cpu", metavar="DEV")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     where = parser.add_mutually_exclusive_group()
@@ -97,11 +98,12 @@ def _ppl(args: argparse.Namespace) -> None:
     from ..eval.subject import subject
     from ..models.load import load_tokenizer
 
-    who, model = subject(args.path), _load(args, args.path)
+    who, model = subject(args.path, args.name), _load(args, args.path)
     start = time.perf_counter()
     found = perplexity(model, **_windows(args, model, load_tokenizer(args.path), 2048))
-    rows = [("ppl", found["ppl"], found["stderr"]), ("nll", found["nll"], found["nll_stderr"])]
-    _finish(args, found, who, _task(args, found["ctx"]), rows, found["tokens"], time.perf_counter() - start)
+    errors = {"ppl": "stderr", "nll": "nll_stderr"}
+    rows = who.rows(_task(args, found["ctx"]), found, errors, found["tokens"], time.perf_counter() - start)
+    _finish(args, found, rows)
 
 
 def _kld(args: argparse.Namespace) -> None:
@@ -111,20 +113,11 @@ def _kld(args: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(args.path)
     check_same_tokens(tokenizer, load_tokenizer(args.base))
-    who = subject(args.path, args.base)
+    who = subject(args.path, args.name or args.base)
     model, base = _load(args, args.path), _load(args, args.base)
     start = time.perf_counter()
     found = kl_divergence(model, base, **_windows(args, model, tokenizer, 512))
-    errors = {
-        "kld_mean": "kld_stderr",
-        "top1_agreement": "top1_stderr",
-        "ppl": "ppl_stderr",
-        "ppl_base": "ppl_base_stderr",
-    }
-    rows = [(name, found[name], found[error]) for name, error in errors.items()]
-    rows += [(name, found[name], None) for name in ("kld_median", "kld_p99", "kld_max")]
-    rows += [("bpw", who.bpw, None)]
-    _finish(args, found, who, _task(args, found["ctx"]), rows, found["tokens"], time.perf_counter() - start)
+    _finish(args, found, who.kld_rows(_task(args, found["ctx"]), found, time.perf_counter() - start))
 
 
 def _storyworld(args: argparse.Namespace) -> None:
@@ -133,27 +126,16 @@ def _storyworld(args: argparse.Namespace) -> None:
     from ..eval.subject import subject
     from ..models.load import load_tokenizer
 
-    who, model = subject(args.path), _load(args, args.path)
+    who, model = subject(args.path, args.name), _load(args, args.path)
     data = Path(args.data) if args.data else ROOT / "examples" / "storyworld" / "heldout.jsonl"
     start = time.perf_counter()
     found = evaluate(model, load_tokenizer(args.path), data, args.limit)
-    rows = [
-        ("accuracy", found["accuracy"], found["stderr"]),
-        ("gap_nats_per_token", found["gap_nats_per_token"], found["gap_stderr"]),
-    ]
     task = "storyworld" + (f"/{args.limit}" if args.limit else "")
-    _finish(args, found, who, task, rows, int(found["n_questions"]), time.perf_counter() - start)
+    errors = {"accuracy": "stderr", "gap_nats_per_token": "gap_stderr"}
+    _finish(args, found, who.rows(task, found, errors, int(found["n_questions"]), time.perf_counter() - start))
 
 
-def _finish(
-    args: argparse.Namespace,
-    found: dict[str, Any],
-    who: Any,
-    task: str,
-    rows: list[tuple[str, float, float | None]],
-    n: int,
-    seconds: float,
-) -> None:
+def _finish(args: argparse.Namespace, found: dict[str, Any], rows: list[Any]) -> None:
     """Print what was found and append its rows."""
     from ..eval.results import FILE_NAME, append, default_dir
 
@@ -164,7 +146,7 @@ def _finish(
             print(f"{name:<20} {value:.6g}" if isinstance(value, float) else f"{name:<20} {value}")
     if not args.no_record:
         path = (Path(args.results) if args.results else default_dir()) / FILE_NAME
-        append(path, [who.row(task, metric, value, error, n, seconds) for metric, value, error in rows])
+        append(path, rows)
         note(f"{len(rows)} rows appended to {path}")
 
 

@@ -6,6 +6,7 @@ code is 0.
 """
 
 import argparse
+import asyncio
 import contextlib
 import errno
 import signal
@@ -20,6 +21,8 @@ from ._output import note, quiet_libraries, read_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+    from ..serve.engine_async import AsyncEngine
 
 # Seconds that requests in flight get to finish after a stop signal.
 GRACE = 5
@@ -90,14 +93,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run_server(app: "FastAPI", listener: socket.socket) -> None:
+def run_server(app: "FastAPI", engine: "AsyncEngine", listener: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM, then stop in order."""
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
-    server = uvicorn.Server(config)
-    # uvicorn raises the signal again once it has stopped; without handlers of ours that would kill the process with
-    # the signal's status.
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # Ending the requests still running gives their clients a last chunk; uvicorn would only cut the
+            # connections.
+            asyncio.get_running_loop().call_later(GRACE, engine.shutdown)
+            await super().shutdown(sockets)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2 * GRACE))
+    # uvicorn raises the signal again once it has stopped, which without handlers of ours would be the exit status.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)
     server.run(sockets=[listener])
@@ -123,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
         from ..serve.llm import LLM
 
         llm = LLM(path, **_engine.options(args))
-        app = create_app(AsyncEngine(llm.engine), name, getattr(args, "api_key", None), template)
+        engine = AsyncEngine(llm.engine)
+        app = create_app(engine, name, getattr(args, "api_key", None), template)
         shown = f"[{host}]" if ":" in host else host
         note(f"serving {name} at http://{shown}:{listener.getsockname()[1]}/v1")
-        run_server(app, listener)
+        run_server(app, engine, listener)

@@ -34,7 +34,8 @@ def check_same_tokens(tokenizer: Any, base: Any) -> None:
     token = next(t for t in sorted({*ours, *theirs}) if ours.get(t) != theirs.get(t))
     raise UserError(
         f"the two models have different tokenizers ({len(ours)} and {len(theirs)} tokens; {token!r} is "
-        f"{ours.get(token)} in the model and {theirs.get(token)} in --base): pass the unquantized form of the same model as --base"
+        f"{ours.get(token)} in the model and {theirs.get(token)} in --base): "
+        "pass the unquantized form of the same model as --base"
     )
 
 

@@ -2,7 +2,7 @@
 
 One quality table per model and evaluation, one row per (method, spec): bits per weight, perplexity, KLD against the
 unquantized model, top-1 agreement, seconds the quantization took. The plot puts bits per weight against mean KLD on a
-log scale, one line per method. Other rows (speed, question accuracy) go into one plain table. Of rows with the same key
+log scale, one line per method. Other rows (speed, question accuracy) get one table per task. Of rows with the same key
 the newest counts.
 
 A document holds a table between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a model ("books-8m"), or a task's
@@ -100,21 +100,50 @@ def _cell(value: float | None, form: str, unit: str = "") -> str:
     return "–" if value is None else f"{value:{form}}{unit}"
 
 
-def plain_table(rows: Iterable[Result]) -> Table:
-    """One line per row, for what is not a KLD evaluation."""
+def task_table(rows: Iterable[Result]) -> Table:
+    """One line per form and task, one column per metric, for what is not a KLD evaluation."""
+    newest = latest(rows)
+    metrics = list(dict.fromkeys(row.metric for row in newest))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in newest:
+        error = f" ± {row.stderr:.2g}" if row.stderr else ""
+        lines.setdefault((row.model, row.method, row.spec, row.task), {})[row.metric] = f"{row.value:.5g}{error}"
     cells = [
-        [
-            row.model,
-            f"`{row.spec}`" if row.spec else "–",
-            row.task,
-            row.metric,
-            f"{row.value:.5g}" + (f" ± {row.stderr:.2g}" if row.stderr else ""),
-            str(row.n),
-        ]
-        for row in latest(rows)
-        if not row.task.startswith("kld/")
+        [model, method or "–", f"`{spec}`", task, *(found.get(metric, "–") for metric in metrics)]
+        for (model, method, spec, task), found in lines.items()
     ]
-    return [["model", "spec", "task", "metric", "value", "n"], *sorted(cells)]
+    return [["model", "method", "spec", "task", *metrics], *cells]
+
+
+def bench_table(rows: Iterable[Result]) -> Table:
+    """One line per engine and run, tokens per second per case; beside a peer's figure ours as a multiple of it."""
+    newest = [row for row in latest(rows) if row.task.startswith("bench/")]
+    cases = list(dict.fromkeys(row.metric for row in newest))
+    ours = {(row.model, _conditions(row), row.metric): row.value for row in newest if _engine(row) == "bitsmith"}
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in newest:
+        own = ours.get((row.model, _conditions(row), row.metric))
+        versus = f" (ours {own / row.value:.2f}x)" if own and _engine(row) != "bitsmith" else ""
+        # n counts undisturbed samples.
+        doubt = "" if row.n else " (disturbed)"
+        cell = f"{row.value:.1f}{versus}{doubt}"
+        lines.setdefault((row.model, _engine(row), row.spec, _conditions(row)), {})[row.metric] = cell
+    cells = [[*who[:2], f"`{who[2]}`", who[3], *(found.get(c, "–") for c in cases)] for who, found in lines.items()]
+    return [["model", "engine", "weights", "conditions", *(f"{case}, tok/s" for case in cases)], *cells]
+
+
+def support_table(rows: Iterable[Result]) -> Table:
+    """What works, by area: the claims whose tests passed, with how many there were (tests/support.yaml)."""
+    cells = [[row.task.split("/")[1], row.metric, str(row.n)] for row in latest(rows)]
+    return [["area", "what works", "tests"], *cells]
+
+
+def _engine(row: Result) -> str:
+    return row.task.split("/")[2]
+
+
+def _conditions(row: Result) -> str:
+    return row.task.split("/")[3]
 
 
 def markdown(table: Table) -> str:
@@ -149,10 +178,19 @@ def plot(rows: Sequence[Quality], path: Path) -> None:
     figure.savefig(path)
 
 
-def report(results_dir: str | Path, out_dir: str | Path) -> list[Path]:
-    """Write report.md and one PNG per model and evaluation into `out_dir`, and return their paths.
+def by_task(rows: Sequence[Quality], model: str) -> dict[str, list[Quality]]:
+    """The evaluations of one model, the one that covers most forms first."""
+    tasks: dict[str, list[Quality]] = {}
+    for quality in rows:
+        if quality.model == model:
+            tasks.setdefault(quality.task, []).append(quality)
+    return dict(sorted(tasks.items(), key=lambda item: -len(item[1])))
 
-    Raises UserError where there are no rows.
+
+def report(results_dir: str | Path, out_dir: str | Path) -> list[Path]:
+    """Write report.md, and per model and evaluation one PNG, into `out_dir`; returns their paths.
+
+    MODEL.png is of the evaluation that covers most of the model's forms. Raises UserError where there are no rows.
     """
     rows = read(results_dir)
     if not rows:
@@ -161,41 +199,37 @@ def report(results_dir: str | Path, out_dir: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     text, written = ["# Results\n"], []
     found = qualities(rows)
-    for model, task in dict.fromkeys((q.model, q.task) for q in found):
-        group = [q for q in found if (q.model, q.task) == (model, task)]
-        picture = out / (re.sub(r"[^\w.-]+", "-", f"{model}-{task}") + ".png")
-        plot(group, picture)
-        written.append(picture)
-        text.append(f"## {model}, {task}\n\n{markdown(quality_table(group))}\n![{model}]({picture.name})\n")
-    others = plain_table(rows)
-    if len(others) > 1:
-        text.append(f"## Other measurements\n\n{markdown(others)}")
+    for model in dict.fromkeys(q.model for q in found):
+        for index, (task, group) in enumerate(by_task(found, model).items()):
+            picture = out / (re.sub(r"[^\w.-]+", "-", f"{model}-{task}" if index else model) + ".png")
+            plot(group, picture)
+            written.append(picture)
+            text.append(f"## {model}, {task}\n\n{markdown(quality_table(group))}\n![{model}]({picture.name})\n")
+    heads = dict.fromkeys(row.task.split("/")[0] for row in rows)
+    text += [f"## {head}\n\n{table_for(head, rows)}" for head in heads if head != "kld"]
     page = out / "report.md"
     page.write_text("\n".join(text), encoding="utf-8")
     return [page, *written]
 
 
 def table_for(name: str, rows: Sequence[Result]) -> str:
-    """The Markdown between the markers of table `name`. Raises UserError where no row belongs to it."""
-    quality = [q for q in qualities(rows) if q.model == name]
-    tasks = list(dict.fromkeys(q.task for q in quality))
+    """The Markdown between the markers of table `name`: a model's main evaluation, or all rows of a task.
+
+    Raises UserError where no row belongs to it.
+    """
+    quality = qualities(rows)
+    tasks = by_task(quality, name)
     if tasks:
-        parts = [markdown(quality_table([q for q in quality if q.task == task])) for task in tasks]
-        return "\n".join(
-            f"{task}\n\n{part}" if len(tasks) > 1 else part for task, part in zip(tasks, parts, strict=True)
-        )
+        return markdown(quality_table(next(iter(tasks.values()))))
     others = [row for row in rows if row.task.split("/")[0] == name]
     if others:
-        return markdown(plain_table(others))
-    known = sorted({q.model for q in qualities(rows)} | {row.task.split("/")[0] for row in rows} - {"kld"})
+        return markdown({"bench": bench_table, "support": support_table}.get(name, task_table)(others))
+    known = sorted({q.model for q in quality} | {row.task.split("/")[0] for row in rows} - {"kld"})
     raise UserError(f"table {name!r}: no result row belongs to it; tables there are: {', '.join(known) or 'none yet'}")
 
 
 def update_tables(document: str, rows: Sequence[Result]) -> str:
-    """`document` with every marked table rewritten from `rows`.
-
-    Raises UserError for an opening marker without its end.
-    """
+    """`document` with every marked table rewritten from `rows`. UserError for an opening marker without its end."""
     opened = document.count("<!-- table:")
     if opened != len(_MARKED.findall(document)):
         raise UserError("a `<!-- table:NAME -->` line has no `<!-- /table -->` line after it: add one")

@@ -4,12 +4,26 @@ Rows of all quantized forms of one model must share its name and say how each wa
 checkpoint: the recipe its dialect detects, and the notes the quantizer leaves in config.json.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..models.checkpoint import Checkpoint
 from ..models.inspect import inspect_checkpoint
+from ..quant_formats.base import Recipe
 from .results import Result, here
+
+_KLD_ERRORS = {
+    "kld_mean": "kld_stderr",
+    "kld_median": None,
+    "kld_p99": None,
+    "kld_max": None,
+    "top1_agreement": "top1_stderr",
+    "ppl": "ppl_stderr",
+    "ppl_base": "ppl_base_stderr",
+    "bpw": None,
+}
 
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -23,23 +37,44 @@ class Subject:
     method: str
     bpw: float
 
-    def row(self, task: str, metric: str, value: float, stderr: float | None, n: int, seconds: float) -> Result:
-        """A result measured now, here, on this checkpoint by a plain forward."""
-        identity = {"model": self.model, "spec": self.spec, "method": self.method, "kv": "none"}
-        return Result(**here(), **identity, task=task, metric=metric, value=value, stderr=stderr, n=n, seconds=seconds)
+    def rows(
+        self, task: str, found: Mapping[str, Any], errors: Mapping[str, str | None], n: int, seconds: float
+    ) -> list[Result]:
+        """Results measured now, here, on this checkpoint by a plain forward.
+
+        `errors` names the keys of `found` to keep, each with the key of its standard error or None.
+        """
+        place, identity = here(), {"model": self.model, "spec": self.spec, "method": self.method, "kv": "none"}
+        common = {**place, **identity, "task": task, "n": n, "seconds": round(seconds, 2)}
+        return [
+            Result(**common, metric=metric, value=float(found[metric]), stderr=None if error is None else found[error])
+            for metric, error in errors.items()
+        ]
+
+    def kld_rows(self, task: str, found: Mapping[str, Any], seconds: float) -> list[Result]:
+        """What `kl_divergence` found, with the bits per weight it was bought for."""
+        return self.rows(task, {**found, "bpw": self.bpw}, _KLD_ERRORS, found["tokens"], seconds)
 
 
 def subject(path: str, base: str | None = None) -> Subject:
-    """Identify the checkpoint at `path`; `base` names the unquantized model where the command line says which it is."""
+    """Identify the checkpoint at `path`; `base` is the path or name of its unquantized model, where that is known."""
     checkpoint = Checkpoint(path)
     recipe, config = checkpoint.recipe, checkpoint.config
     spec = str(recipe.default) if recipe else _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "f32")
     return Subject(
         model=_name(base or path),
         spec=spec,
-        method=recipe.method if recipe else "",
+        method=_method(config, recipe),
         bpw=float(inspect_checkpoint(path)["bpw"]),
     )
+
+
+def _method(config: Mapping[str, Any], recipe: Recipe | None) -> str:
+    """From the notes our quantizer leaves, else the dialect's: other libraries name their format after its method."""
+    if recipe is None:
+        return ""
+    noted = config.get("bitsmith")
+    return str(noted.get("method", recipe.method)) if isinstance(noted, Mapping) else recipe.method
 
 
 def _name(path: str) -> str:

@@ -11,7 +11,6 @@ import urllib.request
 from pathlib import Path
 
 import torch
-
 from bitsmith import load_model, load_tokenizer, quantize
 from bitsmith.eval.kld import kl_divergence
 from bitsmith.eval.storyworld import evaluate
@@ -44,9 +43,13 @@ def main() -> None:
         summary = quantize(MODEL, OUT / name, calib_samples=48, calib_seqlen=256, overwrite=True, **options)
         quantized = load_model(OUT / name, exact=True)
         rows.append(row(name, OUT / name, quantized, base, tokenizer, ids, summary["seconds"]))
-    print(f"\n{'':12}{'bits/weight':>12}{'MB':>8}{'KLD':>10}{'same top-1':>12}{'questions':>11}{'gap, nats':>11}{'seconds':>9}")
+    print(
+        f"\n{'':12}{'bits/weight':>12}{'MB':>8}{'KLD':>10}{'same top-1':>12}{'questions':>11}{'gap, nats':>11}{'seconds':>9}"
+    )
     print("\n".join(rows))
-    print("KLD: divergence from fp16 per token. questions: answered right. gap: loss above the world's true entropy, per token.")
+    print(
+        "KLD: divergence from fp16 per token. questions: answered right. gap: loss above the world's true entropy, per token."
+    )
     serve_and_chat(OUT / "gptq-4bit")
 
 
@@ -54,7 +57,9 @@ def flags(options: dict[str, object]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
 
-def row(name: str, path: Path, model: object, base: object, tokenizer: object, ids: torch.Tensor, seconds: float) -> str:
+def row(
+    name: str, path: Path, model: object, base: object, tokenizer: object, ids: torch.Tensor, seconds: float
+) -> str:
     bits = inspect_checkpoint(path)
     told = evaluate(model, tokenizer, WORLD / "heldout.jsonl", limit=STORIES)
     far = kl_divergence(model, base, ids, CONTEXT, max_tokens=TOKENS)
@@ -95,7 +100,13 @@ def wait_for(url: str, server: subprocess.Popen) -> None:
 
 
 def stream(url: str, question: str):
-    body = {"messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 16, "stop": ["\n"], "stream": True}
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 16,
+        "stop": ["\n"],
+        "stream": True,
+    }
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request) as response:
         for line in response:

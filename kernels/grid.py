@@ -68,9 +68,7 @@ def blocks(w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     return tile(padded), tile(mask)
 
 
-def search(
-    w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[float], Params], grid: Grid
-) -> Params:
+def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[float], Params], grid: Grid) -> Params:
     """The shrink factor per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params [R', G]."""
     from .families import spread
 

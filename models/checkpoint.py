@@ -33,7 +33,9 @@ def resolve(path: str | Path) -> Path:
             f"Fix: give the directory that holds it"
         )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise UserError(f"{path} does not exist. Fix: check the path; it must be a model directory or a hub id such as org/name")
+        raise UserError(
+            f"{path} does not exist. Fix: check the path; it must be a model directory or a hub id such as org/name"
+        )
     return _download(str(path))
 
 
@@ -42,7 +44,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{hub_id} is no local directory and could not be fetched from the hub ({type(error).__name__}). "

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ..errors import UserError
 from ..kernels.dispatch import prepare
@@ -57,8 +64,13 @@ def load_model(
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. UserError naming what is missing where it has none."""
     directory = resolve(path)
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        raise UserError(f"{directory} holds no tokenizer.json. Fix: copy the tokenizer files of the model it was made from into it")
+    if not any(
+        (directory / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise UserError(
+            f"{directory} holds no tokenizer.json. Fix: copy the tokenizer files of the model it was made from into it"
+        )
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -79,6 +91,13 @@ def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str 
     return found
 
 
+def serving_dtype(path: str | Path, device: str | torch.device) -> torch.dtype | None:
+    """What to serve in where nobody says: bfloat16 for a quantized checkpoint on the CPU, whose fast products are in it (float32
+    dequantizes every weight at every step); None, load_model's own choice, otherwise."""
+    quantized = Checkpoint(path).format is not None
+    return torch.bfloat16 if quantized and torch.device(device).type == "cpu" else None
+
+
 def model_config(ckpt: Checkpoint) -> PretrainedConfig:
     """The transformers config without its quantization_config, which is ours to read."""
     try:
@@ -95,7 +114,9 @@ def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa
     config = model_config(ckpt)
     with torch.device("meta"):
         try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=attn_implementation, dtype=dtype
+            )
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"{ckpt.path / 'config.json'}: model_type {config.model_type!r} is no causal language model of transformers ({error})"

@@ -88,7 +88,7 @@ def _inside(probs: Tensor, mass: Tensor) -> Tensor:
     """Whether each token of rows sorted by falling probability belongs to the smallest set that holds `mass`."""
     inside = probs.cumsum(-1) - probs < mass
     inside[:, 0] = True
-    # Rounding may push the sum above 1 early.
+    # The sum reaches 1.0 early when the rest is below float32's precision.
     return inside | (mass >= 1)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..models.load import load_model, load_tokenizer
+from ..models.load import load_model, load_tokenizer, serving_dtype
 from ..samplers.params import SamplingParams
 from .engine import Engine, EngineConfig
 from .outputs import Output, StreamChunk, TokenLogprob
@@ -26,9 +26,9 @@ class LLM:
     """A model ready to generate.
 
     `model` is a checkpoint directory (any format bitsmith loads) or a transformers model, which is taken over: give
-    its tokenizer then. `device` None takes a GPU if there is one; `dtype` None what load_model takes. Further
-    keywords are the fields of EngineConfig. UserError for an unknown keyword, an unusable checkpoint, or a model that
-    cannot be served.
+    its tokenizer then. `device` None takes a GPU if there is one. `dtype` None takes bfloat16 for a quantized
+    checkpoint on the CPU and what load_model takes otherwise. Further keywords are the fields of EngineConfig.
+    UserError for an unknown keyword, an unusable checkpoint, or a model that cannot be served.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LLM:
             raise UserError(f"LLM has no option {', '.join(unknown)}; it accepts device, dtype, {', '.join(accepted)}")
         if isinstance(model, str | Path):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            loaded = load_model(model, device, dtype)
+            loaded = load_model(model, device, dtype or serving_dtype(model, device))
             tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         else:
             if device is not None or dtype is not None:

@@ -8,13 +8,47 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if TYPE_CHECKING:
     from bitsmith.serve.llm import LLM
     from bitsmith.serve.runner import Work
 
+HERE = Path(__file__).parent
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-support", action="store_true", help="write results/support.jsonl from tests/support.yaml")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With --write-support: one row per claim, all of whose tests ran and passed."""
+    if not session.config.getoption("--write-support"):
+        return
+    from bitsmith.eval.results import Result, append, here
+
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reports = {kind: reporter.stats.get(kind, []) for kind in ("passed", "failed", "error")}
+    rows = []
+    for row in yaml.safe_load((HERE / "support.yaml").read_text()):
+        count = {
+            kind: sum(any(f"tests/{t}" in r.nodeid for t in row["tests"]) for r in found)
+            for kind, found in reports.items()
+        }
+        if count["passed"] and not count["failed"] and not count["error"]:
+            fields = here() | {
+                "model": "",
+                "spec": "",
+                "kv": "none",
+                "task": f"support/{row['area']}",
+                "metric": row["claim"],
+            }
+            rows.append(Result(**fields, value=count["passed"], stderr=None, n=count["passed"], seconds=0.0))
+    target = HERE.parent / "results" / "support.jsonl"
+    target.unlink(missing_ok=True)
+    append(target, rows)
 
 
 @pytest.fixture(scope="session")

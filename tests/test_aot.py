@@ -63,6 +63,19 @@ def test_a_refused_target_is_a_row_with_the_reason(monkeypatch: pytest.MonkeyPat
     assert not row.ok and row.reason and row.shared_bytes is None
 
 
+@needs_compiler
+def test_disk_cache_knows_the_source_of_a_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triple.cache_key the key names the functions only, and an edited decode runs as its old self."""
+
+    def key() -> str:
+        source = aot._source(aot.plan(1, (64, 64)), aot.Spec.parse("affine4.g32.sym"), "fp16")
+        return str(source.hash())
+
+    before = key()
+    monkeypatch.setattr(aot.triple("affine").unpack, "hash", "edited")
+    assert key() != before
+
+
 def test_table_covers_every_kernel_spec_and_target() -> None:
     rows = recorded()["rows"]
     wanted = {(k, r, s, t) for k, r in aot.KERNELS for s in aot.SPECS for t in aot.TARGETS}

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
 from bitsmith.calibrate import awq, gptq, hqq, rtn
 from bitsmith.calibrate.blocks import Blocks, find_blocks
 from bitsmith.calibrate.data import read_text, token_blocks
@@ -25,6 +22,8 @@ from bitsmith.calibrate.stats import Stats, output_error, relative_error
 from bitsmith.errors import UserError
 from bitsmith.kernels.spec import Spec
 from bitsmith.models.load import load_model, load_tokenizer
+from safetensors.torch import load_file
+from torch import Tensor
 
 TEXT = "the cat sat on the mat and the dog ran to the red door while rain fell on every green hill. " * 400
 
@@ -73,7 +72,9 @@ def test_gptq_beats_rounding_on_every_grid(spec: str) -> None:
     assert errors[0] < 0.8 * errors[1], errors
 
 
-@pytest.mark.parametrize("settings", [Settings(act_order=False), Settings(static_groups=True), Settings(mse=False)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [Settings(act_order=False), Settings(static_groups=True), Settings(mse=False)], ids=str
+)
 def test_gptq_beats_rounding_with_every_setting(settings: Settings) -> None:
     w, stats = correlated(64, 96)
     spec = Spec.parse("affine3.g32.asym")
@@ -112,7 +113,17 @@ def test_gptq_names_a_hessian_of_nan() -> None:
         gptq.quantize(w, Spec.parse("affine4.g32.sym"), stats, Settings())
 
 
-@pytest.mark.parametrize("spec", ["affine4.g32.zf16", "affine2.g32.zf16", "affine3.g32.zf16.axis0", "affine4.g32.sym", "affine3.g32.asym", "codebook4.nf4.g32.f32"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "affine4.g32.zf16",
+        "affine2.g32.zf16",
+        "affine3.g32.zf16.axis0",
+        "affine4.g32.sym",
+        "affine3.g32.asym",
+        "codebook4.nf4.g32.f32",
+    ],
+)
 def test_hqq_beats_rounding(spec: str) -> None:
     w, stats = correlated(64, 96)
     plain, better = (m.quantize(w, Spec.parse(spec), None, Settings()) for m in (rtn, hqq))
@@ -137,7 +148,9 @@ def test_every_method_of_the_folder_is_covered() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], byte_tokenizer: Any) -> Callable[[str], Path]:
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], byte_tokenizer: Any
+) -> Callable[[str], Path]:
     """`tiny("Llama")` is a saved checkpoint with a byte tokenizer."""
 
     def save(name: str, **config: Any) -> Path:
@@ -264,12 +277,16 @@ def test_experts_are_quantized_one_by_one_and_load(tiny: Callable[[str], Path], 
 
 def test_head_and_overrides_are_stored_and_read(tiny: Callable[[str], Path], calib: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("rules:\n  - {match: '*.down_proj', bits: 8}\n  - {match: '*.layers.0.self_attn.*', skip: true}\n")
+    recipe.write_text(
+        "rules:\n  - {match: '*.down_proj', bits: 8}\n  - {match: '*.layers.0.self_attn.*', skip: true}\n"
+    )
     out = tmp_path / "out"
     quantize(tiny("Llama", vocab_size=288), out, format="gptq", head_bits=8, recipe=str(recipe), calib=calib, **SMALL)
     specs = json.loads((out / "config.json").read_text())["bitsmith"]["specs"]
     assert specs["lm_head"] == "affine8.g32.sym" and specs["model.layers.1.mlp.down_proj"] == "affine8.g32.sym"
-    assert "model.layers.0.self_attn.q_proj" not in specs and specs["model.layers.1.self_attn.q_proj"] == "affine4.g32.sym"
+    assert (
+        "model.layers.0.self_attn.q_proj" not in specs and specs["model.layers.1.self_attn.q_proj"] == "affine4.g32.sym"
+    )
     model = load_model(out, exact=True)
     assert str(model.lm_head.qtensor().spec) == "affine8.g32.sym"
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
@@ -298,7 +315,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny: Callable[[str], Path], cal
         "s.Store.put = once\n"
         f"from bitsmith.calibrate.driver import quantize; quantize({str(source)!r}, {str(broken)!r}, **{options!r})"
     )
-    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
     assert killed.returncode == -signal.SIGKILL and part.exists() and not broken.exists()
     stamp = part.stat().st_mtime_ns
     time.sleep(0.01)
@@ -306,7 +325,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny: Callable[[str], Path], cal
     import bitsmith.calibrate.store as store
 
     original = store.Store.get
-    store.Store.get = lambda self, index: (kept.append(part.stat().st_mtime_ns) if index == 0 and part.exists() else None, original(self, index))[1]  # type: ignore[method-assign, assignment]
+    store.Store.get = lambda self, index: (
+        kept.append(part.stat().st_mtime_ns) if index == 0 and part.exists() else None,
+        original(self, index),
+    )[1]  # type: ignore[method-assign, assignment]
     try:
         quantize(source, broken, **options)
     finally:

@@ -1,5 +1,6 @@
 """Perplexity and KL divergence against independent definitions, result rows, tables, messages."""
 
+import argparse
 import json
 import math
 import subprocess
@@ -12,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsmith.cli import eval as eval_command
 from bitsmith.errors import UserError
 from bitsmith.eval import results as results_module
 from bitsmith.eval.kld import check_same_tokens, kl_divergence
 from bitsmith.eval.ppl import default_ctx, perplexity, token_nll
-from bitsmith.eval.report import report, update_tables
+from bitsmith.eval.report import report, table_for, update_tables
 from bitsmith.eval.results import Result, append, default_dir, here, latest, read
 from bitsmith.eval.text import bos_of, load_text, tokenize, windows
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, POSITIONS = 50, 32
@@ -407,7 +412,8 @@ def sweep() -> list[Result]:
 
 
 def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
-    append(tmp_path / "runs.jsonl", [*sweep(), replace(ROW, task="ppl/text/windows/512", metric="ppl", value=33.25)])
+    other = replace(ROW, task="ppl/text/windows/512", metric="ppl", value=33.25, stderr=0.5)
+    append(tmp_path / "runs.jsonl", [*sweep(), other, replace(other, metric="nll", value=3.5, stderr=None)])
     page, picture = report(tmp_path, tmp_path / "out")
     text = page.read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
@@ -420,7 +426,9 @@ def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
         ["| gptq", "`affine3.g128.asym`"],
     ]
     assert lines[5] == "| gptq | `affine4.g128.asym` | 4.16 | 20.20 | 0.01000 | 99.00 % | 12.0 |"
-    assert "33.25" in text.split("## Other measurements")[1]
+    assert "| model | method | spec | task | ppl | nll |" in text.split("## ppl")[1]
+    assert "| books-8m | gptq | `affine4.g128.asym` | ppl/text/windows/512 | 33.25 ± 0.5 | 3.5 |" in text
+    assert picture.name == "books-8m.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"]({picture.name})" in text
 
@@ -429,6 +437,25 @@ def test_report_without_rows_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text("")
     with pytest.raises(UserError, match=r"no rows in any .jsonl file; run `bitsmith eval kld`"):
         report(tmp_path, tmp_path / "out")
+
+
+def test_bench_table_compares_engines_of_one_run() -> None:
+    cases = {"decode-b1": (40.0, 20.0), "prefill-512": (100.0, 200.0)}
+    rows = []
+    for case, (ours, theirs) in cases.items():
+        fields = {"model": "1.1b", "method": "", "metric": case, "n": 3}
+        rows.append(replace(ROW, **fields, spec="affine4.g128.sym", task="bench/decode/bitsmith/2 threads", value=ours))
+        rows.append(replace(ROW, **fields, spec="bf16", task="bench/decode/transformers/2 threads", value=theirs))
+    rows[1] = replace(rows[1], n=0)
+    assert table_for("bench", rows).splitlines()[2:] == [
+        "| 1.1b | bitsmith | `affine4.g128.sym` | 2 threads | 40.0 | 100.0 |",
+        "| 1.1b | transformers | `bf16` | 2 threads | 20.0 (ours 2.00x) (disturbed) | 200.0 (ours 0.50x) |",
+    ]
+
+
+def test_support_table_lists_claims() -> None:
+    row = replace(ROW, model="", spec="", method="", task="support/formats", metric="reads GPTQ", value=7.0, n=7)
+    assert table_for("support", [row]).splitlines()[2:] == ["| formats | reads GPTQ | 7 |"]
 
 
 def test_marked_tables_are_rewritten_and_nothing_else() -> None:
@@ -448,6 +475,51 @@ def test_marked_tables_are_rewritten_and_nothing_else() -> None:
 
 def test_readme_tables_are_the_committed_rows() -> None:
     document = (ROOT / "README.md").read_text(encoding="utf-8")
-    if "<!-- table:" not in document:
-        pytest.skip("README.md holds no generated table")
+    if not list((ROOT / "results").glob("*.jsonl")):
+        pytest.skip("results/ holds no rows yet")
     assert update_tables(document, read(ROOT / "results")) == document, "run `bitsmith eval report --readme README.md`"
+
+
+@pytest.fixture(scope="module")
+def directory(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a checkpoint with a tokenizer of single letters."""
+    path = tmp_path_factory.mktemp("eval") / "letters"
+    model.save_pretrained(path)
+    words = {"<s>": 0, **{letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz", start=1)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    (path / "text.txt").write_text(" ".join("the quick brown fox jumps over the lazy dog" * 4))
+    return path
+
+
+def run_eval(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    """`bitsmith eval ...` in this process, its stdout parsed."""
+    parser = argparse.ArgumentParser()
+    eval_command.add_parser(parser.add_subparsers())
+    eval_command.run(parser.parse_args(["eval", *words]))
+    found = json.loads(capsys.readouterr().out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_commands_print_and_record(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--data", str(directory / "text.txt"), "--json", "--results", str(tmp_path)]
+    found = run_eval(capsys, "ppl", str(directory), *where)
+    assert {"ppl", "nll", "tokens", "ctx", "stderr"} <= set(found)
+    assert (found["ctx"], found["protocol"]) == (POSITIONS, "windows")
+    far = run_eval(capsys, "kld", str(directory), "--base", str(directory), "--max-tokens", "64", "--ctx", "16", *where)
+    assert {"kld_mean", "kld_median", "kld_p99", "kld_max", "top1_agreement", "ppl", "ppl_base", "tokens"} <= set(far)
+    assert (far["kld_max"], far["top1_agreement"], far["tokens"]) == (0, 1, 4 * 7)
+    rows = {(row.task, row.metric): row for row in read(tmp_path)}
+    row = rows["ppl/text/windows/32", "ppl"]
+    assert (row.model, row.spec, row.method, row.kv, row.n) == ("letters", "f32", "", "none", found["tokens"])
+    assert (row.value, row.stderr) == (found["ppl"], found["stderr"])
+    assert rows["kld/text/llamacpp/16/64tok", "bpw"].value == 32
+    run_eval(capsys, "ppl", str(directory), "--data", str(directory / "text.txt"), "--json", "--no-record")
+    assert len(read(tmp_path)) == len(rows)
+
+
+def test_commands_refuse_what_cannot_be(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"accepted are --batch 1 and --max-tokens 2 or more"):
+        run_eval(capsys, "ppl", str(directory), "--data", str(directory / "text.txt"), "--batch", "0")

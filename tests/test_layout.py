@@ -61,7 +61,9 @@ def test_contract_sees_every_kind_of_import(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "kernels").mkdir()
     file = tmp_path / "kernels" / "x.py"
-    file.write_text("from ..serve import a\nfrom .y import b\nimport bitsmith.eval.ppl\nfrom bitsmith.cli import m\nfrom .. import models\n")
+    file.write_text(
+        "from ..serve import a\nfrom .y import b\nimport bitsmith.eval.ppl\nfrom bitsmith.cli import m\nfrom .. import models\n"
+    )
     assert imports(file) == {"serve", "kernels", "eval", "cli", "models"}
 
 

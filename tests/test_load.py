@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from bitsmith.calibrate.driver import quantize
 from bitsmith.errors import UserError
 from bitsmith.models.inspect import inspect_checkpoint
 from bitsmith.models.linear import QuantLinear, _Member, fuse_siblings
 from bitsmith.models.load import load_model, load_tokenizer
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 OURS = [
     "awq-autoawq029-gemm", "awq-autoawq029-gemv_fast", "awq-w4g128-gemm", "bnb-nf4", "fbgemm-fp8", "fp8-deepseek-block128",
@@ -62,12 +61,16 @@ def test_stories260k_speaks_as_its_golden_says(shared: Callable[[str], Path]) ->
     golden = json.loads((path / "golden.json").read_text())
     model = load_model(path)
     ids = torch.tensor([load_tokenizer(path)(golden["prompt"])["input_ids"]])
-    out = model.generate(ids, max_new_tokens=len(golden["greedy_ids"]) - ids.shape[1], do_sample=False, eos_token_id=None)
+    out = model.generate(
+        ids, max_new_tokens=len(golden["greedy_ids"]) - ids.shape[1], do_sample=False, eos_token_id=None
+    )
     assert out[0].tolist() == golden["greedy_ids"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], byte_tokenizer: Any) -> Callable[..., Path]:
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], byte_tokenizer: Any
+) -> Callable[..., Path]:
     def save(name: str, **config: Any) -> Path:
         path = tmp_path_factory.mktemp(name)
         tiny_model(name, **config).save_pretrained(path, max_shard_size=config.pop("max_shard_size", "1GB"))
@@ -107,7 +110,9 @@ def test_tied_embeddings_are_shared_and_a_quantized_head_stays_apart(tiny: Calla
     assert model.lm_head.weight is model.model.embed_tokens.weight
     quantize(source, tmp_path / "q", format="rtn", group_size=32, head_bits=8, progress=False)
     found = load_model(tmp_path / "q", exact=True)
-    assert isinstance(found.lm_head, QuantLinear) and torch.equal(found.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert isinstance(found.lm_head, QuantLinear) and torch.equal(
+        found.model.embed_tokens.weight, model.model.embed_tokens.weight
+    )
     assert 0 < relative(found.lm_head.weight, model.lm_head.weight) < 0.01
 
 
@@ -203,7 +208,9 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("what", "change", "message"), DAMAGE, ids=[d[0] for d in DAMAGE])
-def test_damage_is_named(what: str, change: Callable[[Path], None], message: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_damage_is_named(
+    what: str, change: Callable[[Path], None], message: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=message):
         load_model(broken(tiny("Llama"), tmp_path / "broken", change))
 
@@ -228,7 +235,11 @@ def test_dtype_names_are_checked(tiny: Callable[..., Path]) -> None:
 
 def test_no_remote_code_is_run(tiny: Callable[..., Path], tmp_path: Path) -> None:
     flag = tmp_path / "ran"
-    path = broken(tiny("Llama"), tmp_path / "evil", edit("config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}))
+    path = broken(
+        tiny("Llama"),
+        tmp_path / "evil",
+        edit("config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+    )
     (path / "evil.py").write_text(f"open({str(flag)!r}, 'w').write('x')")
     load_model(path)
     assert not flag.exists()
@@ -242,4 +253,7 @@ def test_inspect_counts_bits_and_bytes(tiny: Callable[..., Path], tmp_path: Path
     assert found["format"] == "gptq" and found["bpw"] == 4 + 16 / 32
     assert found["tensors"]["model.layers.0.mlp.up_proj.weight"] == "affine4.g32.sym"
     assert found["tensors"]["model.norm.weight"] == "float32 [64]"
-    assert found["parameters"] == plain["parameters"] and found["file_bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
+    assert (
+        found["parameters"] == plain["parameters"]
+        and found["file_bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
+    )

@@ -151,9 +151,8 @@ def test_a_neutral_parameter_returns_the_same_bits(name: str) -> None:
     assert torch.equal(out.view(torch.int32), logits.view(torch.int32))
 
 
-def test_top_p_1_keeps_all_although_float32_sums_exceed_1() -> None:
-    logits = torch.randn(1, 100_000)
-    assert float(logits.softmax(-1).sort(descending=True).values.cumsum(-1).max()) > 1
+def test_top_p_1_keeps_tokens_below_float32_precision() -> None:
+    logits = torch.tensor([[0.0, -30.0, -40.0]])
     assert torch.equal(steps.top_p(logits, torch.ones(1, 1)), logits)
 
 

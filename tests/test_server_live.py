@@ -82,11 +82,11 @@ def server(tiny: Path) -> Iterator[Running]:
 ENDLESS = {"messages": [{"role": "user", "content": "hello"}], "ignore_eos": True, "stream": True}
 
 
-def first_text(response: httpx.Response) -> dict[str, object]:
-    """Read a stream up to the first event with text."""
-    for line in response.iter_lines():
+def skip_to_text(lines: Iterator[str]) -> None:
+    """Read a stream up to the first event with text. Dropping a response's iterator closes the connection: keep it."""
+    for line in lines:
         if line.startswith("data: ") and json.loads(line[6:])["choices"][0]["delta"].get("content"):
-            return dict(json.loads(line[6:]))
+            return
     raise AssertionError("the stream ended without text")
 
 
@@ -126,7 +126,8 @@ def test_client_that_leaves_frees_its_blocks(server: Running, stream: bool) -> N
     body = {**ENDLESS, "stream": stream}
     if stream:
         with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
-            first_text(response)
+            lines = response.iter_lines()
+            skip_to_text(lines)
             assert server.metric("num_requests_running") == 1
             assert server.metric("kv_cache_free_blocks") < free
     else:
@@ -231,8 +232,17 @@ def test_chat_streams_replies_to_stdout(
 
 
 # Last: it stops the server.
-def test_sigterm_ends_a_stream_and_exits_with_0(server: Running) -> None:
-    with server.client.stream("POST", "/v1/chat/completions", json=ENDLESS) as response:
-        first_text(response)
+def test_sigterm_ends_a_stream_in_order_and_exits_with_0(server: Running) -> None:
+    # Eight at once take longer than the seconds of grace.
+    with server.client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "n": 8}) as response:
+        lines = response.iter_lines()
+        skip_to_text(lines)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=30) == 0
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    reasons = [json.loads(line.removeprefix("data: "))["choices"][0]["finish_reason"] for line in rest[:-1]]
+    ends = [reason for reason in reasons if reason]
+    assert len(ends) == 8 and set(ends) <= {"abort", "length"}
+    assert server.process.wait(timeout=30) == 0
+    assert server.process.stderr is not None
+    assert "Traceback" not in server.process.stderr.read()
