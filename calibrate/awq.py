@@ -1,11 +1,13 @@
 """AWQ (arXiv 2306.00978): scale up the input channels that matter before rounding, and clip each group's range.
 
-For linears that read one input x, y = W x = (W s)(x / s). Scaling column k of W by s_k > 1 shrinks its relative rounding error; the
-division is folded into whatever made x (a norm's weight, or the rows of the linear before). s = mean|x|^a, a searched in [0, 1] for the
-least output error of the group of linears. Clipping then searches each group's range, weighted by the mean of x squared.
+For linears that read one input x, y = W x = (W s)(x / s). Scaling column k of W by s_k > 1 shrinks its relative
+rounding error; the division is folded into whatever made x (a norm's weight, or the rows of the linear before). s =
+mean|x|^a, a searched in [0, 1] for the least output error of the group of linears. Clipping then searches each group's
+range, weighted by the mean of x squared.
 
-The error is tr(dW H dW^T), exact for the calibration inputs, so no activations are kept. A fold is checked by running the block; one
-that changes its output (a norm with an offset, attention that repeats heads) is undone and that input keeps scale 1.
+The error is tr(dW H dW^T), exact for the calibration inputs, so no activations are kept. A fold is checked by running
+the block; one that changes its output (a norm with an offset, attention that repeats heads) is undone and that input
+keeps scale 1.
 """
 
 from collections.abc import Sequence
@@ -41,7 +43,8 @@ def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> 
 def search_scale(weights: Sequence[Tensor], specs: Sequence[Spec], stats: Stats, settings: Settings) -> Tensor:
     """Scale s float32 [K] for the linears `weights` ([N_i, K]) that share the input described by `stats`.
 
-    The error of W is that of Q(W s) / s. All ones (a = 0) is among the candidates, so the result is never worse than none.
+    The error of W is that of Q(W s) / s. All ones (a = 0) is among the candidates, so the result is never worse than
+    none.
     """
     device = weights[0].device
     hessian, mean = stats.hessian.to(device), stats.mean.to(device)

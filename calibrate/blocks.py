@@ -1,7 +1,8 @@
 """The decoder blocks of a model, run one at a time.
 
-Only the block being quantized has memory behind it. What a block is called with beside the hidden states (rotary embeddings, masks)
-does not depend on them, so one pass of the whole model over one sample, every block stubbed out, records it for all of them.
+Only the block being quantized has memory behind it. What a block is called with beside the hidden states (rotary
+embeddings, masks) does not depend on them, so one pass of the whole model over one sample, every block stubbed out,
+records it for all of them.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def find_blocks(model: PreTrainedModel) -> str:
     ]
     if not lists:
         raise UserError(
-            f"model_type {model.config.model_type!r} has no list of equal decoder blocks, which the block-by-block driver needs. "
+            f"model_type {model.config.model_type!r} has no list of equal decoder blocks, which the "
+            "block-by-block driver needs. "
             f"Fix: quantize another architecture"
         )
     return max(lists, key=lambda item: len(item[1]))[0]
@@ -73,7 +75,9 @@ class Blocks:
 
     @contextmanager
     def _stub(self, replacement: Tensor | None) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-        """Blocks pass their input on; the first gives `replacement` instead where there is one. Yields the calls made."""
+        """Blocks pass their input on; the first gives `replacement` instead where there is one. Yields the calls
+        made.
+        """
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def stub(*args: Any, **kwargs: Any) -> Any:

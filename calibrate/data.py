@@ -1,8 +1,8 @@
 """Calibration text -> seeded blocks of tokens.
 
-Sources: a text file, a .jsonl file (field "text", or OpenAI-style "messages" rendered with the chat template), or `hub:NAME[:split]`
-through the datasets library. The whole text is tokenized once; blocks are drawn at random offsets without overlap, so that a seed
-and a file decide the result and nothing else does.
+Sources: a text file, a .jsonl file (field "text", or OpenAI-style "messages" rendered with the chat template), or
+`hub:NAME[:split]` through the datasets library. The whole text is tokenized once; blocks are drawn at random offsets
+without overlap, so that a seed and a file decide the result and nothing else does.
 """
 
 import json
@@ -67,7 +67,8 @@ def _hub(name: str) -> str:
 
 
 def token_blocks(text: str, tokenizer: Any, samples: int, seqlen: int, seed: int, where: str) -> Tensor:
-    """int64 [samples, seqlen], drawn without overlap; fewer rows where the text is short, UserError where it holds none.
+    """int64 [samples, seqlen], drawn without overlap; fewer rows where the text is short, UserError where it holds
+    none.
 
     The text is tokenized without special tokens; each block begins with the BOS token where the tokenizer has one.
     """
@@ -77,7 +78,8 @@ def token_blocks(text: str, tokenizer: Any, samples: int, seqlen: int, seed: int
     available = len(ids) // body
     if not available:
         raise UserError(
-            f"{where} holds {len(ids)} tokens, fewer than one block of {seqlen}. Fix: more text, or a smaller --calib-seqlen"
+            f"{where} holds {len(ids)} tokens, fewer than one block of {seqlen}. Fix: more text, or a smaller "
+            "--calib-seqlen"
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(available, generator=generator)[:samples].sort().values.tolist()

@@ -1,8 +1,9 @@
 """Block-by-block quantization: one decoder block in memory at a time, resumable, whatever the format and the method.
 
-For each block: load its weights, group its linears by the input they share, and in the order they run gather that input's statistics
-(earlier linears already quantized, as in GPTQ's "true sequential"), quantize, put the result back. The block is written as one part,
-read again from it, and run once more to give the next block its inputs, so a resumed run goes through the same numbers.
+For each block: load its weights, group its linears by the input they share, and in the order they run gather that
+input's statistics (earlier linears already quantized, as in GPTQ's "true sequential"), quantize, put the result back.
+The block is written as one part, read again from it, and run once more to give the next block its inputs, so a resumed
+run goes through the same numbers.
 """
 
 import json
@@ -62,9 +63,9 @@ def quantize(
 ) -> dict[str, Any]:
     """Quantize the checkpoint `src` into the directory `out`; returns a summary (bpw, seconds, mean relative error).
 
-    `format` is a --format value ("rtn" is GPTQ's layout by plain rounding). `calib` is a text file, .jsonl or hub:NAME, needed by
-    the methods that look at data. `recipe` is a YAML file of per-module rules, `skip` globs of modules to leave alone.
-    A run that was killed goes on where it stopped when called again with the same arguments.
+    `format` is a --format value ("rtn" is GPTQ's layout by plain rounding). `calib` is a text file, .jsonl or
+    hub:NAME, needed by the methods that look at data. `recipe` is a YAML file of per-module rules, `skip` globs of
+    modules to leave alone. A run that was killed goes on where it stopped when called again with the same arguments.
 
     Raises UserError for anything the arguments or the checkpoint are to blame for, before any weight is touched.
     """
@@ -108,7 +109,8 @@ def _calibration(
     longest = ckpt.config.get("max_position_embeddings")
     if isinstance(longest, int) and seqlen > longest:
         raise UserError(
-            f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most {longest}"
+            f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most "
+            f"{longest}"
         )
     tokenizer = load_tokenizer(ckpt.path)
     return token_blocks(read_text(calib, tokenizer), tokenizer, samples, seqlen, seed, calib)
@@ -149,7 +151,9 @@ class _Run:
             raise UserError(f"{ckpt.path}: the recipe leaves no weight to quantize. Fix: fewer --skip patterns")
 
     def _untie_head(self) -> dict[str, str]:
-        """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it copies}."""
+        """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it
+        copies}.
+        """
         sources = {p.target: p.sources[0] for p in self.places[self.count]}
         found = {}
         for target, other in getattr(self.model, "all_tied_weights_keys", {}).items():
@@ -265,7 +269,8 @@ class _Run:
         for item in items:
             if item.module not in done:
                 raise UserError(
-                    f"{item.module} was not called by its block, so it cannot be calibrated. Fix: --skip '{item.module}'"
+                    f"{item.module} was not called by its block, so it cannot be calibrated. Fix: --skip "
+                    f"'{item.module}'"
                 )
         return done
 
@@ -293,7 +298,6 @@ class _Run:
     def _gather(
         self, blocks: Blocks, index: int, modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop: str | None
     ) -> dict[str, Stats]:
-        found: dict[str, Stats] = {}
         args, kwargs = blocks.calls[index]
         with torch.no_grad(), gather(modules, experts, stop) as found:
             for hidden in blocks.hidden:
@@ -331,7 +335,9 @@ class _Run:
         bar.update()
 
     def _tensors(self, part: int, done: dict[str, QTensor], changed: bool) -> dict[str, Tensor]:
-        """What is written for a part. `changed`: dense weights of the block may have been rescaled, so the live ones are written."""
+        """What is written for a part. `changed`: dense weights of the block may have been rescaled, so the live ones
+        are written.
+        """
         found: dict[str, Tensor] = {}
         for placement in self.places[part]:
             for source in placement.sources:

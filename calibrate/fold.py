@@ -1,4 +1,6 @@
-"""Moving a scale of a linear's input into whatever produces that input, so that the block computes the same function (AWQ)."""
+"""Moving a scale of a linear's input into whatever produces that input, so that the block computes the same function
+(AWQ).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,8 +55,8 @@ def input_groups(
 
 
 def fold(model: nn.Module, group: InputGroup, scale: Tensor, sample: Callable[[], Tensor]) -> bool:
-    """Multiply the group's weights by `scale` [K] and divide it out of their input's producer; False, and nothing changed, where
-    the block's output (`sample()`) does not stay the same."""
+    """Multiply the group's weights by `scale` [K] and divide it out of their input's producer; False, and nothing
+    changed, where the block's output (`sample()`) does not stay the same."""
     divided = _producer_tensors(model, group, scale.numel())
     if not divided:
         return False

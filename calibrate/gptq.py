@@ -1,9 +1,10 @@
 """GPTQ (arXiv 2210.17323): quantize one column at a time and let the columns still to come make up for its error.
 
-With H the mean of x x^T and U the upper Cholesky factor of (H + damp I)^-1, column j's rounding error e = (w_j - q_j) / U_jj is taken
-out of every later column as e * U_j,later. Columns go in order of falling H_jj ("act order"), so that the important ones are
-rounded while there is most freedom left. Where the layout can store a permutation (desc_act) groups follow that order; otherwise
-groups stay contiguous in the file, and are either fixed beforehand (`static_groups`) or solved whole, group after group.
+With H the mean of x x^T and U the upper Cholesky factor of (H + damp I)^-1, column j's rounding error e = (w_j - q_j)
+/ U_jj is taken out of every later column as e * U_j,later. Columns go in order of falling H_jj ("act order"), so that
+the important ones are rounded while there is most freedom left. Where the layout can store a permutation (desc_act)
+groups follow that order; otherwise groups stay contiguous in the file, and are either fixed beforehand
+(`static_groups`) or solved whole, group after group.
 
 Works on any grid: of a family it uses `fit` and `nearest` alone.
 """

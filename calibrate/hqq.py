@@ -6,8 +6,8 @@ Minimises |W - Q^-1(Q(W))|_p with p < 1 by splitting off an error E that is allo
     zero <- mean over the group of q - (W - E) / scale  what remains is fitted in closed form
     beta <- 1.01 beta
 
-On a grid without a floating zero point the closed form is that of the scale, sum((W - E) v) / sum(v v) with v the values at scale 1,
-which serves every family. The best iterate by the p-norm objective is kept.
+On a grid without a floating zero point the closed form is that of the scale, sum((W - E) v) / sum(v v) with v the
+values at scale 1, which serves every family. The best iterate by the p-norm objective is kept.
 """
 
 from dataclasses import replace
@@ -35,7 +35,9 @@ def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> 
 
 
 def refine(matrix: Tensor, spec: Spec, params: Params) -> Params:
-    """Params [R', G] improved by half-quadratic steps on the grouped matrix [R, C]; two-level scales are left as fitted."""
+    """Params [R', G] improved by half-quadratic steps on the grouped matrix [R, C]; two-level scales are left as
+    fitted.
+    """
     if spec.two_level is not None or spec.scale == "e8m0":
         return params
     grid, shape = family(spec).grid, (matrix.shape[0], matrix.shape[1])

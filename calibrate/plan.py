@@ -43,7 +43,9 @@ class Item:
 
 
 def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe, fmt: Format) -> list[Item]:
-    """The weights of one placement that the recipe quantizes, each with its spec as the layout takes it for that shape."""
+    """The weights of one placement that the recipe quantizes, each with its spec as the layout takes it for that
+    shape.
+    """
     module, leaf = owner(model, placement.target)
     if module is None:
         return []
@@ -93,7 +95,8 @@ def file_rules(path: str, default: Spec) -> tuple[Rule, ...]:
           - {match: "*.down_proj", bits: 8}
           - {match: "*.layers.0.*", skip: true}
 
-    `match` is a shell glob over module paths (or "re:" and a regex), first match wins; bits and group_size override the default.
+    `match` is a shell glob over module paths (or "re:" and a regex), first match wins; bits and group_size override
+    the default.
     """
     content = _read_yaml(path)
     if not isinstance(content, dict) or set(content) != {"rules"} or not isinstance(content["rules"], list):

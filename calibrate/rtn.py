@@ -1,4 +1,6 @@
-"""Round to nearest: the range of each group decides its scale, nothing else is looked at. The baseline of every method."""
+"""Round to nearest: the range of each group decides its scale, nothing else is looked at. The baseline of every
+method.
+"""
 
 from torch import Tensor
 

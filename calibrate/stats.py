@@ -67,8 +67,8 @@ def gather(
 ) -> Iterator[dict[str, Stats]]:
     """Within the context, inputs of `modules` (path -> linear) and of each expert are added up under their key.
 
-    Keys: a linear's path; "path/name/index" for expert `index` of projection `name`. With `stop_after`, `Reached` is raised as
-    soon as that linear is called.
+    Keys: a linear's path; "path/name/index" for expert `index` of projection `name`. With `stop_after`, `Reached` is
+    raised as soon as that linear is called.
     """
     found: dict[str, Stats] = {}
 

@@ -1,8 +1,9 @@
 """The output of a quantization while it is being made, so that a run killed at any point resumes.
 
-Everything is written to OUT.partial: `plan.json` (what is being done, to refuse mixing two runs), then one `part-NNNNN.safetensors`
-per block, each under a temporary name, fsynced, renamed. A part that exists is complete. When all are there they are merged into
-model.safetensors (or shards), config and tokenizer follow, and the directory is renamed to OUT: OUT never holds half a model.
+Everything is written to OUT.partial: `plan.json` (what is being done, to refuse mixing two runs), then one
+`part-NNNNN.safetensors` per block, each under a temporary name, fsynced, renamed. A part that exists is complete. When
+all are there they are merged into model.safetensors (or shards), config and tokenizer follow, and the directory is
+renamed to OUT: OUT never holds half a model.
 """
 
 import json

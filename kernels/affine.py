@@ -1,4 +1,5 @@
-"""Affine family: weight = (code - zero) * scale, codes of 1 to 8 bits. GPTQ, AWQ, HQQ, EXL2, INT8, Q4_0 ... are its dialects.
+"""Affine family: weight = (code - zero) * scale, codes of 1 to 8 bits. GPTQ, AWQ, HQQ, EXL2, INT8, Q4_0 ... are its
+dialects.
 
 Rounding contract: code and zero to float32, subtract, multiply by the float32 scale; nothing fused.
 """
@@ -68,7 +69,8 @@ def stored(spec: Spec, scales: Tensor) -> Tensor:
 def _range_params(low: Tensor, high: Tensor, spec: Spec) -> Params:
     top = (1 << spec.bits) - 1
     if spec.zero == "sym":
-        # GPTQ's symmetric grid: the range is [-max, max] over all 2**bits - 1 steps, one code beyond on the negative side.
+        # GPTQ's symmetric grid: the range is [-max, max] over all 2**bits - 1 steps, one code beyond on the negative
+        # side.
         if spec.bits == 1:
             return Params(stored(spec, torch.maximum(-low, high)))
         return Params(stored(spec, 2 * torch.maximum(-low, high) / top))

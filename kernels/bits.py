@@ -1,8 +1,8 @@
 """Dense little-endian bit streams: codes of 1 to 8 bits in int32 words, any width, row by row.
 
-Code c of a row occupies bits [c*bits, (c+1)*bits) of the row's stream, word 0 first, low bit first, so a code of 3, 5, 6 or 7
-bits may straddle two words. This is the order GPTQ (along K) and compressed-tensors use, and the in-memory form of every
-family: `codes` int32 [rows, ceil(columns*bits/32)].
+Code c of a row occupies bits [c*bits, (c+1)*bits) of the row's stream, word 0 first, low bit first, so a code of 3, 5,
+6 or 7 bits may straddle two words. This is the order GPTQ (along K) and compressed-tensors use, and the in-memory form
+of every family: `codes` int32 [rows, ceil(columns*bits/32)].
 """
 
 import torch
@@ -18,7 +18,9 @@ def words(columns: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes integer [R, C], each in 0..2**bits-1 -> int32 [R, words(C, bits)]; unused high bits of the last word are zero."""
+    """codes integer [R, C], each in 0..2**bits-1 -> int32 [R, words(C, bits)]; unused high bits of the last word are
+    zero.
+    """
     r, c = codes.shape
     if 32 % bits == 0:
         return _pack_aligned(codes, bits)

@@ -1,7 +1,7 @@
 """Codebook family: weight = table[code] * scale. NF4 and FP4 of bitsandbytes land here; vector codebooks later.
 
-Rounding contract: table entry in float32, multiply by the float32 (effective) scale. The table travels with the tensor, so a
-checkpoint's own values win over the constants below.
+Rounding contract: table entry in float32, multiply by the float32 (effective) scale. The table travels with the
+tensor, so a checkpoint's own values win over the constants below.
 """
 
 from collections.abc import Mapping
@@ -71,8 +71,8 @@ class CodebookGrid:
 
 
 def dynamic_map() -> Tensor:
-    """float32 [256]: bitsandbytes' signed dynamic 8-bit map (arXiv 2110.02861): decades 1e-6..1, the number of linear fraction
-    bits growing with the decade, plus 0 and 1; ascending."""
+    """float32 [256]: bitsandbytes' signed dynamic 8-bit map (arXiv 2110.02861): decades 1e-6..1, the number of linear
+    fraction bits growing with the decade, plus 0 and 1; ascending."""
     entries = [0.0, 1.0]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, (1 << decade) + 1)
@@ -82,7 +82,9 @@ def dynamic_map() -> Tensor:
 
 
 def _two_level(found: Params, spec: Spec) -> Params:
-    """Quantize the block scales as bitsandbytes' double quantization does: subtract their mean, absmax per super block, 8-bit map."""
+    """Quantize the block scales as bitsandbytes' double quantization does: subtract their mean, absmax per super
+    block, 8-bit map.
+    """
     level = spec.two_level
     assert level is not None
     offset = found.scale.mean()

@@ -4,8 +4,9 @@ A weight is decoded in three steps that mean the same in every family and on eve
 
     unpack  words -> codes          value  code -> number          scale  number -> weight (group metadata)
 
-The functions here are the torch twins: the oracle of every fast path. The rounding contract is float32 throughout, in the order
-written in each family file, so that a device kernel that follows it agrees bit for bit. `grid` is the offline half (kernels/grid.py).
+The functions here are the torch twins: the oracle of every fast path. The rounding contract is float32 throughout, in
+the order written in each family file, so that a device kernel that follows it agrees bit for bit. `grid` is the
+offline half (kernels/grid.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -71,8 +72,8 @@ def scale_dtype(name: str) -> torch.dtype:
 def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     """Effective scales, float32 [R', G].
 
-    One level: the stored value (e8m0: 2**(byte-127)). Two levels: code (through `scale_table` if there is one) times the super
-    scale of its block of consecutive scales in row-major order, plus `scale_offset` if there is one.
+    One level: the stored value (e8m0: 2**(byte-127)). Two levels: code (through `scale_table` if there is one) times
+    the super scale of its block of consecutive scales in row-major order, plus `scale_offset` if there is one.
     """
     stored = parts["scales"]
     if spec.scale == "e8m0":

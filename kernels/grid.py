@@ -1,7 +1,7 @@
 """Grid: the offline half of a family. Calibration methods touch a family only through `fit` and `nearest`.
 
-`fit` chooses scales (and zero points) for a matrix; `nearest` maps numbers to codes given them. Scales are rounded to what the
-file will hold *before* codes are chosen, so the error a method sees is the error a reader gets.
+`fit` chooses scales (and zero points) for a matrix; `nearest` maps numbers to codes given them. Scales are rounded to
+what the file will hold *before* codes are chosen, so the error a method sees is the error a reader gets.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,8 +41,8 @@ class Grid(Protocol):
     """Offline half of a family."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
-        """w float32 [R, C] -> params [R', G]. `weight` [C] or [R, C] (importance of each squared error) asks for a search
-        of the range instead of taking the extremes."""
+        """w float32 [R, C] -> params [R', G]. `weight` [C] or [R, C] (importance of each squared error) asks for a
+        search of the range instead of taking the extremes."""
         ...
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,9 @@ def blocks(w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
 
 
 def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[float], Params], grid: Grid) -> Params:
-    """The shrink factor per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params [R', G]."""
+    """The shrink factor per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params
+    [R', G].
+    """
     from .families import spread
 
     full = propose(1.0)

@@ -9,7 +9,7 @@ whose entries are those 2 or 4 values side by side as bfloat16, stored as one in
     codes    4  4  4   4   2   2   2   2
 
 so 4-bit codes cost one look-up per four weights, and a float8 or NF4 value costs what an integer does. Measured on
-11.5 M weights, one thread, before the scales: NF4 4 ms, FP8 6 ms (torch's own float8 to bfloat16 cast: 54 ms;
+11.5 M weights, one thread, before the scales: NF4 4 ms, FP8 7 ms (torch's own float8 to bfloat16 cast: 54 ms;
 `table[codes]`: 31 ms or more). `torch.gather` along rows is used because it is the look-up that torch spreads over
 threads (1-D `index_select` is serial).
 

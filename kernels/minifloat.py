@@ -1,4 +1,5 @@
-"""Minifloat family: weight = float(code) * scale, codes being small floating-point numbers. FP8 lands here; FP6/FP4/MX later.
+"""Minifloat family: weight = float(code) * scale, codes being small floating-point numbers. FP8 lands here; FP6/FP4/MX
+later.
 
 Rounding contract: code to float32 (exact), multiply by the float32 scale.
 """

@@ -1,7 +1,8 @@
 """Spec: everything a kernel, a quantizer or a reader has to know about how one weight is stored.
 
-A spec prints to a short string and parses back, goes verbatim into config.json and results, and is hashable so that a kernel
-can take it as one `tl.constexpr`. Grammar (tokens after the first may come in any order, defaults are not printed):
+A spec prints to a short string and parses back, goes verbatim into config.json and results, and is hashable so that a
+kernel can take it as one `tl.constexpr`. Grammar (tokens after the first may come in any order, defaults are not
+printed):
 
     affine4.g128.asym            4-bit integers, 128 inputs a scale (f16), integer zero point
     affine8.channel.sym          one scale per output row, zero point fixed at 2**(bits-1)

@@ -1,8 +1,8 @@
 """Checkpoint: one model directory (or hub id), quantized or not, read tensor by tensor.
 
-Everything above sees *weights*: `X.weight` is listed once whether the file holds X.weight, X.qweight + X.scales or X.W_q, and is
-given as a QTensor or dequantized. Files are memory-mapped safetensors; HQQ's own qmodel.pt is opened with the restricted
-unpickler (weights_only), any other pickle is refused.
+Everything above sees *weights*: `X.weight` is listed once whether the file holds X.weight, X.qweight + X.scales or
+X.W_q, and is given as a QTensor or dequantized. Files are memory-mapped safetensors; HQQ's own qmodel.pt is opened
+with the restricted unpickler (weights_only), any other pickle is refused.
 """
 
 import json
@@ -127,7 +127,8 @@ class Checkpoint:
                 handles[file] = safe_open(file, "pt")
             except (SafetensorError, OSError) as error:
                 raise UserError(
-                    f"{file} cannot be read as safetensors ({error}): missing, truncated or damaged. Fix: fetch the file again"
+                    f"{file} cannot be read as safetensors ({error}): missing, truncated or damaged. Fix: fetch "
+                    "the file again"
                 ) from error
         return handles[file]
 
@@ -152,7 +153,9 @@ class Checkpoint:
 
     @cached_property
     def quantized_modules(self) -> frozenset[str]:
-        """Paths of the modules whose weight is quantized: those that carry the dialect's mark and the recipe does not skip."""
+        """Paths of the modules whose weight is quantized: those that carry the dialect's mark and the recipe does not
+        skip.
+        """
         if self.format is None or self.recipe is None:
             return frozenset()
         mark = "." + self.format.MARK

@@ -11,8 +11,9 @@ from .names import placements
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Keys: format, bpw (over the quantized weights; over all where none is), weight_bytes (resident), file_bytes, parameters,
-    kv_bytes_per_token (at two bytes a number), tensors {name: spec, or dtype and shape of an unquantized tensor}.
+    """Keys: format, bpw (over the quantized weights; over all where none is), weight_bytes (resident), file_bytes,
+    parameters, kv_bytes_per_token (at two bytes a number), tensors {name: spec, or dtype and shape of an unquantized
+    tensor}.
 
     Every quantized weight is read, since its contents and not the config decide its spec.
     """

@@ -1,11 +1,11 @@
 """Quantized replacements for the modules that hold weights in a transformers model.
 
-`QuantLinear` stands where an nn.Linear stood; a fused experts module keeps its class and gets its per-expert weights through
-transformers' experts interface. Both hold `Matmul`s (kernels/dispatch.py): weights in the form the device multiplies with, from
-which the exact QTensor comes back.
+`QuantLinear` stands where an nn.Linear stood; a fused experts module keeps its class and gets its per-expert weights
+through transformers' experts interface. Both hold `Matmul`s (kernels/dispatch.py): weights in the form the device
+multiplies with, from which the exact QTensor comes back.
 
-Sibling linears fed by the same tensor (q/k/v, gate/up) can share one product over their stacked rows: the first of them called
-computes it, the others take their slice.
+Sibling linears fed by the same tensor (q/k/v, gate/up) can share one product over their stacked rows: the first of
+them called computes it, the others take their slice.
 """
 
 from collections.abc import Sequence
@@ -121,7 +121,8 @@ def set_expert_weight(module: nn.Module, name: str, matmuls: list[Matmul]) -> No
 
 
 def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """hidden [T, h], top_k_index int [T, k], top_k_weights [T, k] -> [T, h]; registered with transformers as "bitsmith".
+    """hidden [T, h], top_k_index int [T, k], top_k_weights [T, k] -> [T, h]; registered with transformers as
+    "bitsmith".
 
     Tokens are sorted by expert, so each expert multiplies once. Sums in float32.
     """

@@ -1,8 +1,8 @@
 """Load any checkpoint, quantized or not, into transformers' own modelling code.
 
-The model is built on the meta device (no memory), its non-persistent buffers are computed, then each weight is read, placed
-(models/names.py) and either assigned or turned into a quantized module. Whatever is left without a weight is an error: a model is
-never returned with random numbers in it.
+The model is built on the meta device (no memory), its non-persistent buffers are computed, then each weight is read,
+placed (models/names.py) and either assigned or turned into a quantized module. Whatever is left without a weight is an
+error: a model is never returned with random numbers in it.
 """
 
 import logging
@@ -43,9 +43,10 @@ def load_model(
 ) -> PreTrainedModel:
     """A transformers model in eval mode whose quantized weights stay quantized; `model(input_ids).logits` works.
 
-    `dtype` is that of activations and unquantized weights; None takes float32 on the CPU (where logits then equal the producing
-    library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference path: every weight is
-    dequantized in float32 and rounded once to `dtype`. `act="a8"` asks for int8 activations where a weight has one scale a row.
+    `dtype` is that of activations and unquantized weights; None takes float32 on the CPU (where logits then equal the
+    producing library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference
+    path: every weight is dequantized in float32 and rounded once to `dtype`. `act="a8"` asks for int8 activations
+    where a weight has one scale a row.
 
     Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete.
     """
@@ -75,7 +76,9 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
-    """The dtype asked for; else float32 on the CPU, the checkpoint's on a GPU (float16 for bfloat16 where the GPU has none)."""
+    """The dtype asked for; else float32 on the CPU, the checkpoint's on a GPU (float16 for bfloat16 where the GPU has
+    none).
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in (None, "auto"):
@@ -92,8 +95,8 @@ def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str 
 
 
 def serving_dtype(path: str | Path, device: str | torch.device) -> torch.dtype | None:
-    """What to serve in where nobody says: bfloat16 for a quantized checkpoint on the CPU, whose fast products are in it (float32
-    dequantizes every weight at every step); None, load_model's own choice, otherwise."""
+    """What to serve in where nobody says: bfloat16 for a quantized checkpoint on the CPU, whose fast products are in
+    it (float32 dequantizes every weight at every step); None, load_model's own choice, otherwise."""
     quantized = Checkpoint(path).format is not None
     return torch.bfloat16 if quantized and torch.device(device).type == "cpu" else None
 
@@ -110,7 +113,9 @@ def model_config(ckpt: Checkpoint) -> PretrainedConfig:
 
 
 def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
-    """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...) computed."""
+    """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...)
+    computed.
+    """
     config = model_config(ckpt)
     with torch.device("meta"):
         try:
@@ -119,7 +124,8 @@ def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa
             )
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"{ckpt.path / 'config.json'}: model_type {config.model_type!r} is no causal language model of transformers ({error})"
+                f"{ckpt.path / 'config.json'}: model_type {config.model_type!r} is no causal language model of "
+                f"transformers ({error})"
             ) from error
     _compute_buffers(model)
     if (ckpt.path / "generation_config.json").exists():
@@ -213,14 +219,17 @@ class _Loader:
         names = [n for n in names if not any(re.search(p, n) for p in known)]
         if names:
             raise UserError(
-                f"{self.ckpt.path}: {len(names)} tensors have no place in a {self.model.config.model_type} model, the first being "
+                f"{self.ckpt.path}: {len(names)} tensors have no place in a {self.model.config.model_type} "
+                "model, the first being "
                 f"{', '.join(names[:3])}. Nothing was loaded. Fix: config.json must describe this checkpoint "
                 f"(a quantized one needs the quantization_config it was written with)"
             )
 
 
 def owner(model: nn.Module, target: str) -> tuple[nn.Module | None, str]:
-    """The module that holds `target` (a parameter or buffer name) and the leaf name; None where there is no such module."""
+    """The module that holds `target` (a parameter or buffer name) and the leaf name; None where there is no such
+    module.
+    """
     path, _, leaf = target.rpartition(".")
     try:
         module = model.get_submodule(path)
@@ -246,8 +255,10 @@ def assign(model: nn.Module, target: str, tensor: Tensor) -> bool:
         )
     if old.dtype.is_floating_point and (not tensor.dtype.is_floating_point or tensor.element_size() == 1):
         raise UserError(
-            f"tensor {target} has dtype {tensor.dtype}, which is packed or quantized data, where the model needs {old.dtype}. "
-            f"Fix: config.json lacks the quantization_config this was written with, or bitsmith does not read that format yet"
+            f"tensor {target} has dtype {tensor.dtype}, which is packed or quantized data, where the model needs "
+            f"{old.dtype}. "
+            "Fix: config.json lacks the quantization_config this was written with, or bitsmith does not read "
+            "that format yet"
         )
     value = tensor.to(old.dtype).contiguous()
     if leaf in module._parameters:
@@ -268,8 +279,10 @@ def source_shapes(model: nn.Module, placement: Placement) -> dict[str, tuple[int
     stack = placement.stack
     if stack is None:
         raise UserError(
-            f"{placement.target} is built from {placement.sources[0]} by a conversion that quantized weights do not fit "
-            f"({', '.join(type(o).__name__ for o in placement.converter.operations)}). Fix: leave these modules unquantized (--skip)"
+            f"{placement.target} is built from {placement.sources[0]} by a conversion that quantized weights do "
+            "not fit "
+            f"({', '.join(type(o).__name__ for o in placement.converter.operations)}). Fix: leave these modules "
+            "unquantized (--skip)"
         )
     rows = parameter.shape[1] // len(stack[0])
     return {source: (rows, parameter.shape[2]) for expert in stack for source in expert}

@@ -1,8 +1,8 @@
 """Where each weight of a checkpoint goes in a transformers model.
 
-transformers 5 builds some modules differently from the files: names change (block_sparse_moe -> mlp) and a layer's experts are one
-stacked parameter. Its conversion mapping says how; this module turns it into a list of placements, one per model tensor, so that
-the loader and the quantization driver read the same plan.
+transformers 5 builds some modules differently from the files: names change (block_sparse_moe -> mlp) and a layer's
+experts are one stacked parameter. Its conversion mapping says how; this module turns it into a list of placements, one
+per model tensor, so that the loader and the quantization driver read the same plan.
 """
 
 import copy
@@ -42,7 +42,8 @@ class Placement:
 
     @property
     def stack(self) -> list[list[str]] | None:
-        """Per expert, the sources stacked along output rows: for a converter that only merges experts (and joins gate with up).
+        """Per expert, the sources stacked along output rows: for a converter that only merges experts (and joins gate
+        with up).
 
         None where the conversion does anything else.
         """

@@ -83,7 +83,9 @@ def test_gptq_beats_rounding_with_every_setting(settings: Settings) -> None:
 
 
 def test_gptq_feedback_is_the_papers() -> None:
-    """One row, one group, natural order: compare with the textbook loop that inverts the remaining Hessian at every step."""
+    """One row, one group, natural order: compare with the textbook loop that inverts the remaining Hessian at every
+    step.
+    """
     w, stats = correlated(1, 12)
     spec = Spec.parse("affine3.channel.asym")
     q = gptq.quantize(w, spec, stats, Settings(act_order=False, mse=False, damp_percent=0.01))
@@ -109,7 +111,7 @@ def test_gptq_survives_dead_and_collinear_inputs() -> None:
 def test_gptq_names_a_hessian_of_nan() -> None:
     w, stats = correlated(8, 32)
     stats.hessian[0, 0] = torch.nan
-    with pytest.raises(UserError, match="cannot be factored.*--calib"):
+    with pytest.raises(UserError, match=r"cannot be factored.*--calib"):
         gptq.quantize(w, Spec.parse("affine4.g32.sym"), stats, Settings())
 
 
