@@ -82,7 +82,7 @@ def quantize(
     ckpt = Checkpoint(src)
     model = build(ckpt, torch.float32)
     rules = head_rules(model, chosen, fmt, head_bits)
-    user_rules = tuple((pattern, "skip") for pattern in skip)
+    user_rules: tuple[base.Rule, ...] = tuple((pattern, "skip") for pattern in skip)
     user_rules += file_rules(recipe, chosen.default) if recipe else ()
     chosen = chosen.with_rules((*user_rules, *rules))
     run = _Run(model, ckpt, fmt, chosen, how, settings or Settings(), torch.device(device))
@@ -90,8 +90,8 @@ def quantize(
     check_shapes(run.items, fmt)
     ids = _calibration(ckpt, how, calib, calib_samples, calib_seqlen, seed)
     plan = {
-        "source": source_name(ckpt), "rules": [(p, str(s)) for p, s in chosen.rules], "format": wanted.format, "method": method,
-        "calib": calib, "samples": calib_samples, "seqlen": calib_seqlen, "seed": seed, "settings": str(run.settings),
+        "source": source_name(ckpt), "rules": [(p, str(s)) for p, s in chosen.rules], "format": wanted.format,
+        "method": method, "calib": calib, "samples": calib_samples, "seqlen": calib_seqlen, "seed": seed, "settings": str(run.settings),
         "version": __version__,
     }  # fmt: skip
     store = Store(Path(out), plan, resume=resume, overwrite=overwrite)
@@ -315,8 +315,8 @@ class _Run:
         firsts = {g.linears[0]: linears[g.linears[0]] for g in groups}
         stats = self._gather(blocks, index, firsts, {}, None)
         for group in groups:
-            weights = [linears[p].weight.data for p in group.linears]  # type: ignore[union-attr]
-            scale = search_scale(weights, [specs[p] for p in group.linears], stats[group.linears[0]], self.settings)  # type: ignore[arg-type]
+            weights = [self.model.get_parameter(f"{p}.weight").data for p in group.linears]
+            scale = search_scale(weights, [specs[p] for p in group.linears], stats[group.linears[0]], self.settings)
             fold(self.model, group, scale, lambda: blocks.sample(index))
 
     def _one(

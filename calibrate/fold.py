@@ -60,7 +60,7 @@ def fold(model: nn.Module, group: InputGroup, scale: Tensor, sample: Callable[[]
     divided = _producer_tensors(model, group, scale.numel())
     if not divided:
         return False
-    multiplied = [model.get_submodule(path).weight.data for path in group.linears]  # type: ignore[union-attr]
+    multiplied = [model.get_parameter(f"{path}.weight").data for path in group.linears]
     before, kept = sample(), [t.clone() for t in (*divided, *multiplied)]
     for tensor in divided:
         tensor.div_(scale if tensor.dim() == 1 else scale[:, None])

@@ -88,7 +88,8 @@ class Store:
         if len(shards) == 1:
             self._write_shard("model.safetensors", shards[0])
         else:
-            where, total = {}, 0
+            where: dict[str, str] = {}
+            total = 0
             for number, names in enumerate(shards, 1):
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
                 total += self._write_shard(file, names)

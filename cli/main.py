@@ -80,15 +80,17 @@ def _dispatch(argv: Sequence[str]) -> int:
         guess = f"did you mean `bitsmith {near[0]}`? " if near else ""
         raise UserError(f"unknown command {first!r}: {guess}The commands are {', '.join(names)}")
     args = build_parser([first] if first in names else names).parse_args(argv)
-    code = load_command(args.command).run(args) or 0
-    sys.stdout.flush()
-    return int(code)
+    return int(load_command(args.command).run(args) or 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's) and return its exit code."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        try:
+            return _dispatch(sys.argv[1:] if argv is None else argv)
+        finally:
+            # Here and not at exit, so that a reader who left is noticed below (`--help` leaves by SystemExit).
+            sys.stdout.flush()
     except UserError as error:
         print(f"bitsmith: error: {error}", file=sys.stderr)
         return 2

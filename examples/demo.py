@@ -44,8 +44,8 @@ def main() -> None:
         quantized = load_model(OUT / name, exact=True)
         rows.append(row(name, OUT / name, quantized, base, tokenizer, ids, summary["seconds"]))
     print(
-        f"\n{'':12}{'bits/weight':>12}{'MB':>8}{'KLD':>10}{'same top-1':>12}{'questions':>11}{'gap, nats':>11}{'seconds':>9}"
-        f"\n{'':12}{'bits/weight':>12}{'MB':>8}{'KLD':>10}{'same top-1':>12}{'questions':>11}{'gap, nats':>11}{'seconds':>9}"
+        f"\n{'':12}{'bits/weight':>12}{'MB':>8}{'KLD':>10}{'same top-1':>12}"
+        f"{'questions':>11}{'gap, nats':>11}{'seconds':>9}"
     )
     print("\n".join(rows))
     print(
@@ -66,8 +66,8 @@ def row(
     told = evaluate(model, tokenizer, WORLD / "heldout.jsonl", limit=STORIES)
     far = kl_divergence(model, base, ids, CONTEXT, max_tokens=TOKENS)
     return (
-        f"{name:12}{bits['bpw']:12.2f}{bits['file_bytes'] / 1e6:8.2f}{far['kld_mean']:10.5f}{far['top1_agreement']:12.1%}"
-        f"{name:12}{bits['bpw']:12.2f}{bits['file_bytes'] / 1e6:8.2f}{far['kld_mean']:10.5f}{far['top1_agreement']:12.1%}"
+        f"{name:12}{bits['bpw']:12.2f}{bits['file_bytes'] / 1e6:8.2f}"
+        f"{far['kld_mean']:10.5f}{far['top1_agreement']:12.1%}"
         f"{told['accuracy']:11.1%}{told['gap_nats_per_token']:11.4f}{seconds:9.1f}"
     )
 

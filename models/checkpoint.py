@@ -81,7 +81,8 @@ class Checkpoint:
         if (self.path / _NATIVE_HQQ).exists():
             self._open_native()
         found = base.detect(self.config, str(self.path / "config.json"))
-        self.format, self.recipe = found if found else (None, None)
+        self.format: base.Format | None = found[0] if found else None
+        self.recipe: base.Recipe | None = found[1] if found else None
 
     def _open_native(self) -> None:
         from ..quant_formats import hqq

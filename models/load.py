@@ -165,7 +165,7 @@ class _Loader:
         self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
 
     def fill(self) -> None:
-        unexpected = []
+        unexpected: list[str] = []
         for placement in placements(self.model, self.ckpt.weights):
             if not self._place(placement):
                 unexpected += placement.sources
@@ -174,7 +174,7 @@ class _Loader:
         if any("quantized_experts" in m.__dict__ for m in self.model.modules()):
             self.model.set_experts_implementation(EXPERTS)
         refuse_meta(self.model, str(self.ckpt.path))
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
 
     def _place(self, placement: Placement) -> bool:
         quantized = [self.ckpt.weights[s] for s in placement.sources]

@@ -36,7 +36,7 @@ class Placement:
             return {self.target: only}
         work = copy.deepcopy(self.converter)
         for source, pattern, tensor in zip(self.sources, self.patterns, tensors, strict=True):
-            work.add_tensor(self.target, source, pattern, tensor)
+            work.add_tensor(self.target, source, pattern, tensor)  # type: ignore[arg-type]
         made: dict[str, Any] = work.convert(self.target, model=model, config=model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 

@@ -194,7 +194,7 @@ def _check_number(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     high = math.inf if limits["high"] is None else limits["high"]
     # A bool is an int to Python; to a caller, `top_k=True` is a mistake. NaN fails every comparison.
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (good and low <= value <= high and abs(value) < math.inf and not (limits.get("above") and value == low)):
+    if not (good and low <= value <= high and not (limits.get("above") and value == low)):
         _refuse(name, value, _accepted("an integer" if whole else "a number", limits))
 
 

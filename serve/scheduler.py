@@ -136,9 +136,8 @@ class Scheduler:
     def schedule(self) -> list[tuple[Seq, int]]:
         """The next step: (sequence, number of new tokens), decoding ones first. Empty only when there is no work."""
         batch: list[tuple[Seq, int]] = []
-        # A copy: a preemption removes from `running`, always behind the sequence at hand. What it removed has run
-        # before, so it has at least two tokens to compute again and does not pass for a decoding one.
-        for seq in self.running[:]:
+        # A preemption shortens `running` while we walk it, but only from its end.
+        for seq in self.running:
             if seq.remaining == 1 and self._secure(seq):
                 batch.append((seq, 1))
         budget = self.max_num_batched_tokens - len(batch)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bitsmith.calibrate.method import Settings
@@ -16,7 +17,7 @@ from bitsmith.errors import UserError
 PARSING = Path(cli.__file__).parent
 
 
-def bitsmith(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+def bitsmith(*args: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "bitsmith", *args], capture_output=True, text=True, timeout=60)
 
@@ -71,11 +72,22 @@ def test_wrong_command_lines_are_one_message(argv: list[str], says: str, capsys:
 
 
 def test_user_error_in_a_process_is_2_without_traceback() -> None:
-    done = bitsmith("inspect", "/no/such/model")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "/no/such/model" in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.count("\n") == 1
+    done = bitsmith("serve", "model", "--port", "99999")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "bitsmith: error: --port 99999: accepted are 0 (any free port) to 65535\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["inspect PATH", "inspect PATH --json", "generate PATH -p x", "chat PATH", "quantize PATH OUT --format rtn"],
+)
+def test_missing_model_is_one_message(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = str(tmp_path / "no-such-model")
+    assert main([{"PATH": missing, "OUT": str(tmp_path / "out")}.get(word, word) for word in line.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{missing} does not exist" in captured.err and "Fix: check the path" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -100,27 +112,26 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         main(["formats"])
 
 
+def command_that(body: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `bitsmith formats` in a process, with `body` as what the command does."""
+    code = f"from bitsmith.cli import main as cli\ndef run(args):\n    {body}\ncli.load_command('formats').run = run\n"
+    command = [sys.executable, "-c", code + "raise SystemExit(cli.main(['formats']))"]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+
+
 def test_a_defect_exits_with_1_and_a_traceback() -> None:
-    code = (
-        "from bitsmith.cli import main as cli\n"
-        "def run(args): return 1 / 0\n"
-        "cli.load_command('formats').run = run\n"
-        "raise SystemExit(cli.main(['formats']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = command_that("1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("size", [1, 1_000_000])
+def test_reader_that_leaves_is_no_error(size: int) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(
-        [sys.executable, "-m", "bitsmith", "formats"], stdout=write, stderr=subprocess.PIPE, timeout=60
-    )
+    done = command_that(f"print('x' * {size})", stdout=write)
     os.close(write)
-    assert done.returncode == 141
-    assert done.stderr == b""
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_formats_asks_the_dialects(capsys: pytest.CaptureFixture[str]) -> None:

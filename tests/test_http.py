@@ -7,6 +7,7 @@ import asyncio
 import copy
 import json
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,8 @@ from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.api import create_app
 from bitsmith.serve.engine_async import EngineDeadError
 from bitsmith.serve.outputs import StreamChunk, TokenLogprob
-from transformers import PreTrainedTokenizerFast
+from bitsmith.serve.token_text import token_bytes_of
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -423,6 +425,16 @@ def test_metrics_are_prometheus_text() -> None:
     samples = [line for line in lines if not line.startswith("#")]
     declared = {line.split()[2] for line in lines if line.startswith("# TYPE")}
     assert all(any(sample.startswith(name) for name in declared) for sample in samples)
+
+
+def test_single_tokens_of_sentencepiece_keep_their_space(shared: Callable[[str], Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared("models/stories260k"))
+    token_bytes = token_bytes_of(tokenizer)
+    # Decoding one by one would lose the space and the parts of the smiley, which is not in the vocabulary.
+    ids = tokenizer.encode("Lily saw \N{GRINNING FACE}", add_special_tokens=False)
+    assert b"".join(map(token_bytes, ids)) == " Lily saw \N{GRINNING FACE}".encode()
+    assert token_bytes(tokenizer.eos_token_id) == tokenizer.eos_token.encode()
+    assert token_bytes(len(tokenizer) + 5) == b""
 
 
 async def leave_after_first_token(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bitsmith.errors import UserError
-from bitsmith.samplers import draw, pipeline, steps
+from bitsmith.samplers import pipeline, steps
 from bitsmith.samplers.params import SamplingParams, about
 from bitsmith.samplers.pipeline import ORDER, Step, distribution, sample
 from hypothesis import given, settings
@@ -120,14 +120,16 @@ def test_a_row_is_bit_identical_alone_in_company_and_after_permutation(seed: int
     together = distribution(logits, params, prompts, outputs, EOS)
     drawn = sample(logits, params, prompts, outputs, seeds, EOS)
     for row in range(len(params)):
-        alone: Any = (logits[row : row + 1], [params[row]], [prompts[row]], [outputs[row]])
-        assert torch.equal(distribution(*alone, EOS)[0], together[row])
-        assert sample(*alone, [seeds[row]], EOS) == [drawn[row]]
+        one, alone, prompt, output = logits[row : row + 1], [params[row]], [prompts[row]], [outputs[row]]
+        assert torch.equal(distribution(one, alone, prompt, output, EOS)[0], together[row])
+        assert sample(one, alone, prompt, output, [seeds[row]], EOS) == [drawn[row]]
     order = torch.randperm(len(params)).tolist()
     shuffled = sample(logits[order], *([column[i] for i in order] for column in (params, prompts, outputs, seeds)), EOS)
     assert shuffled == [drawn[i] for i in order]
 
 
+NOWHERE = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+EVERY = (torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2]))
 NEUTRAL_CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit_bias": lambda x, one: steps.logit_bias(x, NOWHERE, torch.zeros(0)),
     "ban": lambda x, one: steps.ban(x, NOWHERE),
@@ -140,8 +142,6 @@ NEUTRAL_CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "top_k": lambda x, one: steps.top_k(x, (one - 1).long()),
     "top_p": steps.top_p,
 }
-NOWHERE = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-EVERY = (torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 0, 1, 2]))
 
 
 @pytest.mark.parametrize("name", NEUTRAL_CALLS)
@@ -247,85 +247,6 @@ def test_large_vocabulary() -> None:
         assert abs(int((probs[row] > 0).sum()) - int((wanted > 0).sum())) <= 2
         assert np.abs(probs[row].numpy() - wanted).sum() < 1e-4
     assert all(each.token_id < 200_000 for each in sample(logits, params, [[0]] * 3, [[]] * 3, [1, 2, 3]))
-
-
-def test_splitmix64_known_answers() -> None:
-    """The generator's published outputs for seed 1234567."""
-    wanted = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    assert [draw._mix((1234567 + i * draw._GAMMA) & (2**64 - 1)) for i in range(1, 6)] == wanted
-    noise = draw.exponential(torch.tensor(1234567), torch.arange(5))
-    assert noise.tolist() == pytest.approx([-math.log1p(-value / 2**64) for value in wanted], rel=1e-6)
-    assert draw.keys([-1], [2], torch.device("cpu")).tolist() == [
-        draw._signed(draw._mix((draw._mix(2**64 - 1) + 2) & (2**64 - 1)))
-    ]
-
-
-def test_the_extreme_numbers_are_finite_and_positive() -> None:
-    """A zero would win against any probability, an infinity would lose even alone."""
-    value = 2**64 - 1
-    # The state whose hash has all bits set, by undoing `_mix`; the one of 0 is 0.
-    value ^= (value >> 31) ^ (value >> 62)
-    for shift, multiplier in zip((27, 30), reversed(draw._MULTIPLIERS), strict=True):
-        value = value * pow(multiplier, -1, 2**64) % 2**64
-        value ^= (value >> shift) ^ (value >> 2 * shift)
-    assert draw._mix(value) == 2**64 - 1
-    state = torch.tensor([draw._signed((v - draw._GAMMA) % 2**64) for v in (0, value)])
-    noise = draw.exponential(state, torch.tensor(0))
-    assert noise.tolist() == pytest.approx([2.0**-54, 24 * math.log(2)], rel=1e-6)
-
-
-def test_noise_is_exponential_and_independent_of_its_neighbours() -> None:
-    key = draw.keys(range(40), [0] * 40, torch.device("cpu"))
-    noise = draw.exponential(key[:, None], torch.arange(10_000)).double()
-    assert noise.min() > 0 and noise.max() < 17
-    assert abs(float(noise.mean()) - 1) < 0.01 and abs(float(noise.var()) - 1) < 0.02
-    for bound in (0.001, 0.1, 1.0, 4.0):
-        share = 1 - math.exp(-bound)
-        error = math.sqrt(share * (1 - share) / noise.numel())
-        assert abs(float((noise < bound).double().mean()) - share) < 5 * error
-    correlation = np.corrcoef(noise[:, :200].numpy())
-    assert np.abs(correlation - np.eye(40)).max() < 0.4
-    # Consecutive positions of one request are as unrelated as two requests.
-    steps_noise = draw.exponential(draw.keys([7] * 40, range(40), torch.device("cpu"))[:, None], torch.arange(200))
-    assert np.abs(np.corrcoef(steps_noise.numpy()) - np.eye(40)).max() < 0.4
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.6, top_k=6),
-        SamplingParams(temperature=1.5, top_p=0.9, min_p=0.05),
-        SamplingParams(repetition_penalty=1.4, presence_penalty=0.5, logit_bias={2: 1.0}),
-    ],
-)
-@pytest.mark.parametrize("over", ["seeds", "positions"])
-def test_frequencies_match_the_distribution(params: SamplingParams, over: str) -> None:
-    """Chi-square of 24 000 draws, over requests with different seeds or over the positions of one request."""
-    logits = torch.tensor([[2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -3.0, -4.0]])
-    count, prompt = 24_000, [0, 4]
-    wanted = distribution(logits, [params], [prompt], [[1, 1]])
-    key = draw.keys(
-        range(count) if over == "seeds" else [5] * count,
-        [0] * count if over == "seeds" else range(count),
-        logits.device,
-    )
-    drawn = draw.draw(wanted.expand(count, -1), key)
-    counts = torch.bincount(drawn, minlength=10).double()
-    expected = wanted[0].double() * count
-    assert not counts[expected == 0].any()
-    live = expected > 0
-    chi_square = float(((counts - expected)[live] ** 2 / expected[live]).sum())
-    freedom = int(live.sum()) - 1
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom), (counts, expected)
-
-
-def test_sparse_and_dense_draws_agree() -> None:
-    """Padding the vocabulary with impossible tokens switches the path and must not change a draw."""
-    probs = torch.randn(50, 20).softmax(-1)
-    key = draw.keys(range(50), range(50), probs.device)
-    padded = torch.cat([probs, torch.zeros(50, 300)], dim=-1)
-    assert torch.equal(draw.draw(padded, key), draw.draw(probs, key))
 
 
 def test_seeds_and_positions_decide_the_draw() -> None:
