@@ -90,10 +90,17 @@ def quantize(
     check_shapes(run.items, fmt)
     ids = _calibration(ckpt, how, calib, calib_samples, calib_seqlen, seed)
     plan = {
-        "source": source_name(ckpt), "rules": [(p, str(s)) for p, s in chosen.rules], "format": wanted.format,
-        "method": method, "calib": calib, "samples": calib_samples, "seqlen": calib_seqlen, "seed": seed, "settings": str(run.settings),
+        "source": source_name(ckpt),
+        "rules": [(pattern, str(spec)) for pattern, spec in chosen.rules],
+        "format": wanted.format,
+        "method": method,
+        "calib": calib,
+        "samples": calib_samples,
+        "seqlen": calib_seqlen,
+        "seed": seed,
+        "settings": str(run.settings),
         "version": __version__,
-    }  # fmt: skip
+    }
     store = Store(Path(out), plan, resume=resume, overwrite=overwrite)
     errors = run.all_parts(store, ids, progress)
     summary = run.summary(store, errors)
