@@ -1,38 +1,26 @@
-"""Block-by-block quantization: one decoder block in memory at a time, resumable, whatever the format and the method.
+"""Quantize a checkpoint: arguments -> recipe, plan and calibration rows -> the loop over blocks -> a model directory.
 
-For each block: load its weights, group its linears by the input they share, and in the order they run gather that
-input's statistics (earlier linears already quantized, as in GPTQ's "true sequential"), quantize, put the result back.
-The block is written as one part, read again from it, and run once more to give the next block its inputs, so a resumed
-run goes through the same numbers.
+One decoder block in memory at a time, resumable, whatever the format and the method.
 """
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
-from ..kernels.qtensor import QTensor
 from ..models.checkpoint import Checkpoint
-from ..models.linear import EXPERTS, is_experts
-from ..models.load import assign, build, load_tokenizer, owner, source_shapes, tie
-from ..models.names import Placement, natural, placements
+from ..models.load import build, load_tokenizer
 from ..quant_formats import base
-from .awq import search_scale
-from .blocks import Blocks, find_blocks
 from .data import read_text, token_blocks
-from .fold import InputGroup, fold, input_groups
 from .method import Method, Settings, method_by_name
-from .plan import Item, check_patterns, check_shapes, file_rules, head_rules, items_of, source_name
-from .stats import Reached, Stats, gather, relative_error, unseen
-from .store import Part, Store
+from .plan import check_patterns, check_shapes, file_rules, head_rules, source_name
+from .run import Run
+from .store import Store
 
 # What a format is quantized with unless --method says otherwise.
 _USUAL = {"gptq": "gptq", "awq": "awq", "hqq": "hqq"}
@@ -85,7 +73,7 @@ def quantize(
     user_rules: tuple[base.Rule, ...] = tuple((pattern, "skip") for pattern in skip)
     user_rules += file_rules(recipe, chosen.default) if recipe else ()
     chosen = chosen.with_rules((*user_rules, *rules))
-    run = _Run(model, ckpt, fmt, chosen, how, settings or Settings(), torch.device(device))
+    run = Run(model, ckpt, fmt, chosen, how, settings or Settings(), torch.device(device))
     check_patterns(user_rules, [w.removesuffix(".weight") for w in ckpt.weights])
     check_shapes(run.items, fmt)
     ids = _calibration(ckpt, how, calib, calib_samples, calib_seqlen, seed)
@@ -121,282 +109,3 @@ def _calibration(
         )
     tokenizer = load_tokenizer(ckpt.path)
     return token_blocks(read_text(calib, tokenizer), tokenizer, samples, seqlen, seed, calib)
-
-
-class _Run:
-    """One quantization: the meta model, the plan of its weights, and the loop over blocks."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        ckpt: Checkpoint,
-        fmt: base.Format,
-        recipe: base.Recipe,
-        method: Method,
-        settings: Settings,
-        device: torch.device,
-    ) -> None:
-        self.model, self.ckpt, self.fmt, self.recipe = model, ckpt, fmt, recipe
-        self.method, self.settings, self.device = method, settings, device
-        self.path = find_blocks(model)
-        self.count = len(model.get_submodule(self.path))  # type: ignore[arg-type]
-        # One part per block, and a last one for everything else.
-        self.parts = self.count + 1
-        self.places: list[list[Placement]] = [[] for _ in range(self.parts)]
-        for placement in placements(model, ckpt.weights):
-            self.places[self._part_of(placement.target)].append(placement)
-        self.alias = self._untie_head()
-        self.part_items = [[i for p in places for i in items_of(model, p, recipe, fmt)] for places in self.places]
-        self.items = [item for part in self.part_items for item in part]
-        self.modules = {item.module for item in self.items}
-        # [N, K] of every weight that is quantized, here or in the source.
-        self.shapes = {f"{item.module}.weight": item.shape for item in self.items}
-        for placement in (p for places in self.places for p in places):
-            if any(ckpt.weights.get(s) for s in placement.sources):
-                self.shapes |= source_shapes(model, placement)
-        if not self.items:
-            raise UserError(f"{ckpt.path}: the recipe leaves no weight to quantize. Fix: fewer --skip patterns")
-
-    def _untie_head(self) -> dict[str, str]:
-        """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it
-        copies}.
-        """
-        sources = {p.target: p.sources[0] for p in self.places[self.count]}
-        found = {}
-        for target, other in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if target not in sources and other in sources and self.recipe.spec(target.removesuffix(".weight")):
-                self.places[self.count].append(Placement(target, (target,)))
-                found[target] = sources[other]
-        return found
-
-    def _part_of(self, target: str) -> int:
-        rest = target.removeprefix(self.path + ".")
-        return int(rest.split(".")[0]) if rest != target else self.count
-
-    def all_parts(self, store: Store, ids: Tensor | None, progress: bool) -> dict[str, float]:
-        """Quantize every part that is not finished; returns relative output errors by module."""
-        errors: dict[str, float] = {}
-        if any(is_experts(m) for m in self.model.modules()):
-            self.model.set_experts_implementation(EXPERTS)
-        blocks = None
-        if ids is not None:
-            self._load(self.count, None)
-            tie(self.model)
-            blocks = Blocks(self.model, self.path, ids.to(self.device))
-            blocks.begin()
-        with tqdm(total=len(self.items), unit="weight", disable=not progress, desc="quantize") as bar:
-            for index in range(self.count):
-                self._block(index, store, blocks, bar)
-                errors |= store.get(index).facts["errors"]
-            self._rest(store, blocks, bar)
-        return errors | store.get(self.count).facts["errors"]
-
-    def _block(self, index: int, store: Store, blocks: Blocks | None, bar: Any) -> None:
-        items = self.part_items[index]
-        if not store.has(index):
-            self._load(index, None)
-            errors: dict[str, float] = {}
-            done = self._with_data(index, items, blocks, errors, bar) if blocks else self._without(items, errors, bar)
-            store.put(index, self._tensors(index, done, blocks is not None), {"errors": errors})
-        else:
-            bar.update(len(items))
-        if blocks:
-            self._load(index, store.get(index))
-            blocks.run(index, keep=True)
-        self._unload(index)
-
-    def _rest(self, store: Store, blocks: Blocks | None, bar: Any) -> None:
-        """Everything outside the blocks; the head, where it is quantized, sees the last block's outputs."""
-        items = self.part_items[self.count]
-        if store.has(self.count):
-            bar.update(len(items))
-            return
-        errors: dict[str, float] = {}
-        done: dict[str, QTensor] = {}
-        if items and blocks:
-            with gather({i.key: self.model.get_submodule(i.key) for i in items}, {}, None) as stats:
-                blocks.finish()
-            for item in items:
-                self._one(item, stats.get(item.key), done, errors, bar)
-        elif items:
-            self._load(self.count, None)
-            tie(self.model)
-            done = self._without(items, errors, bar)
-        store.put(self.count, self._tensors(self.count, done, False), {"errors": errors})
-
-    def _load(self, part: int, stored: Part | None) -> None:
-        """Give the model the dense weights of a part: the source's, or (`stored`) what was written for it."""
-        for placement in self.places[part]:
-            # A copy: what comes from the file may be its mapped pages, and quantized weights are written over it.
-            tensors = [self._dense(s, stored).to(self.device, copy=True) for s in placement.sources]
-            for name, tensor in placement.convert(tensors, self.model).items():
-                if not assign(self.model, name, tensor):
-                    raise UserError(
-                        f"{self.ckpt.path}: tensor {placement.sources[0]} has no place in the model (as {name})"
-                    )
-
-    def _dense(self, source: str, stored: Part | None) -> Tensor:
-        module = source.removesuffix(".weight")
-        if stored is None:
-            return self.ckpt.dense(self.alias.get(source, source), self.shapes.get(source))
-        if module not in self.modules:
-            return stored(source)
-        return self.fmt.load(stored, module, self.shapes[source], self.recipe).dequantize()
-
-    def _unload(self, index: int) -> None:
-        for placement in self.places[index]:
-            module, leaf = owner(self.model, placement.target)
-            if module is not None and module._parameters.get(leaf) is not None:
-                old: Tensor = module._parameters[leaf]  # type: ignore[assignment]
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
-
-    def _without(self, items: list[Item], errors: dict[str, float], bar: Any) -> dict[str, QTensor]:
-        done: dict[str, QTensor] = {}
-        for item in items:
-            self._one(item, None, done, errors, bar)
-        return done
-
-    def _with_data(
-        self, index: int, items: list[Item], blocks: Blocks, errors: dict[str, float], bar: Any
-    ) -> dict[str, QTensor]:
-        prefix = f"{self.path}.{index}"
-        block = self.model.get_submodule(prefix)
-        linears = {i.key: self.model.get_submodule(i.key) for i in items if i.expert is None}
-        groups = input_groups(block, prefix, linears, lambda: self._sample(blocks, index))
-        if self.recipe.method == "awq":
-            self._rescale(index, groups, linears, items, blocks)
-        done: dict[str, QTensor] = {}
-        by_key = {i.key: i for i in items if i.expert is None}
-        for group in groups:
-            first = group.linears[0]
-            stats = self._gather(blocks, index, {first: linears[first]}, {}, first)
-            for path in group.linears:
-                self._one(by_key[path], stats[first], done, errors, bar)
-        self._expert_items(index, items, blocks, done, errors, bar)
-        for item in items:
-            if item.module not in done:
-                raise UserError(
-                    f"{item.module} was not called by its block, so it cannot be calibrated. Fix: --skip "
-                    f"'{item.module}'"
-                )
-        return done
-
-    def _sample(self, blocks: Blocks, index: int) -> None:
-        blocks.sample(index)
-
-    def _expert_items(
-        self,
-        index: int,
-        items: list[Item],
-        blocks: Blocks,
-        done: dict[str, QTensor],
-        errors: dict[str, float],
-        bar: Any,
-    ) -> None:
-        """Experts, projection by projection: the second sees the first one quantized."""
-        wanted = [i for i in items if i.expert is not None]
-        for target in dict.fromkeys(i.target for i in wanted):
-            path = target.rpartition(".")[0]
-            stats = self._gather(blocks, index, {}, {path: self.model.get_submodule(path)}, None)
-            for item in wanted:
-                if item.target == target:
-                    self._one(item, stats.get(item.key) or unseen(item.shape[1]), done, errors, bar)
-
-    def _gather(
-        self, blocks: Blocks, index: int, modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop: str | None
-    ) -> dict[str, Stats]:
-        args, kwargs = blocks.calls[index]
-        with torch.no_grad(), gather(modules, experts, stop) as found:
-            for hidden in blocks.hidden:
-                try:
-                    blocks.list[index](hidden, *args, **kwargs)
-                except Reached:
-                    continue
-        return found
-
-    def _rescale(
-        self, index: int, groups: list[InputGroup], linears: dict[str, nn.Module], items: list[Item], blocks: Blocks
-    ) -> None:
-        """AWQ's scales, folded into the block while it is still unquantized."""
-        specs = {i.key: i.spec for i in items}
-        firsts = {g.linears[0]: linears[g.linears[0]] for g in groups}
-        stats = self._gather(blocks, index, firsts, {}, None)
-        for group in groups:
-            weights = [self.model.get_parameter(f"{p}.weight").data for p in group.linears]
-            scale = search_scale(weights, [specs[p] for p in group.linears], stats[group.linears[0]], self.settings)
-            fold(self.model, group, scale, lambda: blocks.sample(index))
-
-    def _one(
-        self, item: Item, stats: Stats | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
-    ) -> None:
-        live = item.live(self.model)
-        q = self.method.quantize(live.float(), item.spec, stats, self.settings)
-        w_hat = q.dequantize()
-        if stats is not None:
-            errors[item.module] = relative_error(live, w_hat, stats.hessian)
-        else:
-            errors[item.module] = float((w_hat - live).square().sum() / live.square().sum().clamp(min=1e-30))
-        live.copy_(w_hat)
-        done[item.module] = q
-        bar.set_postfix_str(f"{item.module} error {errors[item.module]:.2e}", refresh=False)
-        bar.update()
-
-    def _tensors(self, part: int, done: dict[str, QTensor], changed: bool) -> dict[str, Tensor]:
-        """What is written for a part. `changed`: dense weights of the block may have been rescaled, so the live ones
-        are written.
-        """
-        found: dict[str, Tensor] = {}
-        for placement in self.places[part]:
-            for source in placement.sources:
-                module = source.removesuffix(".weight")
-                if module in done:
-                    found |= {f"{module}.{k}": t for k, t in self.fmt.save(done[module].to("cpu"), self.recipe).items()}
-                else:
-                    found[source] = self._written(placement, source, changed)
-        return found
-
-    def _written(self, placement: Placement, source: str, changed: bool) -> Tensor:
-        """A dense tensor as it is written: the source's bytes, unless the method rescaled it."""
-        module, leaf = owner(self.model, placement.target)
-        original = self.ckpt(source) if not self.ckpt.weights[source] else None
-        if changed and self.recipe.method == "awq" and placement.converter is None and module is not None:
-            live = module._parameters.get(leaf)
-            if live is not None and not live.is_meta:
-                return live.data.to(self._dtype(original))
-        if original is not None:
-            return original
-        return self.ckpt.dense(source, self.shapes[source]).to(self._dtype(None))
-
-    def _dtype(self, original: Tensor | None) -> torch.dtype:
-        if original is not None:
-            return original.dtype
-        return getattr(torch, str(self.ckpt.config.get("dtype") or self.ckpt.config.get("torch_dtype") or "float16"))
-
-    def summary(self, store: Store, errors: dict[str, float]) -> dict[str, Any]:
-        """bits per weight over the quantized weights (scales and zero points counted), and the errors."""
-        suffixes = self.fmt.SUFFIXES
-        weights = sum(i.shape[0] * i.shape[1] for i in self.items)
-        size = 0
-        for index in range(self.parts):
-            part = store.get(index)
-            for name in part:
-                owners = (name.removesuffix("." + s) for s in suffixes if name.endswith("." + s))
-                if any(m in self.modules for m in owners):
-                    size += part(name).nbytes
-        mean = sum(errors.values()) / len(errors)
-        return {"bpw": round(8 * size / weights, 4), "mean_relative_error": mean, "errors": errors}
-
-    def config(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """config.json of the result: the source's, with the dialect's quantization_config and the resolved map."""
-        specs = {i.module: str(i.spec) for i in sorted(self.items, key=lambda i: natural(i.module))}
-        original = json.loads((self.ckpt.path / "config.json").read_text())
-        if self.alias:
-            original["tie_word_embeddings"] = False
-        note = {
-            "version": __version__,
-            "method": self.recipe.method,
-            "calib": Path(self.recipe.calib).name,
-            "specs": specs,
-        }
-        note |= {"bpw": summary["bpw"], "errors": {k: float(f"{v:.6g}") for k, v in summary["errors"].items()}}
-        return {**original, "quantization_config": self.fmt.config(self.recipe), "bitsmith": note}

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from bitsmith.samplers import draw
 from bitsmith.samplers.params import SamplingParams
 from bitsmith.samplers.pipeline import distribution

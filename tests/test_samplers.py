@@ -124,8 +124,8 @@ def test_a_row_is_bit_identical_alone_in_company_and_after_permutation(seed: int
         assert torch.equal(distribution(one, alone, prompt, output, EOS)[0], together[row])
         assert sample(one, alone, prompt, output, [seeds[row]], EOS) == [drawn[row]]
     order = torch.randperm(len(params)).tolist()
-    shuffled = sample(logits[order], *([column[i] for i in order] for column in (params, prompts, outputs, seeds)), EOS)
-    assert shuffled == [drawn[i] for i in order]
+    columns: Any = ([column[i] for i in order] for column in (params, prompts, outputs, seeds))
+    assert sample(logits[order], *columns, eos_token_ids=EOS) == [drawn[i] for i in order]
 
 
 NOWHERE = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
@@ -250,16 +250,17 @@ def test_large_vocabulary() -> None:
 
 
 def test_seeds_and_positions_decide_the_draw() -> None:
-    logits = torch.zeros(1, 1000).expand(60, -1)
-    many: Any = ([SamplingParams()] * 60, [[0]] * 60)
-    same = sample(logits, *many, [[]] * 60, [9] * 60)
-    assert len({each.token_id for each in same}) == 1
-    assert len({each.token_id for each in sample(logits, *many, [[]] * 60, range(60))}) > 50
-    assert len({each.token_id for each in sample(logits, *many, [[0] * n for n in range(60)], [9] * 60)}) > 50
+    def different(seeds: list[int], lengths: list[int]) -> int:
+        """How many different tokens a flat distribution gives to rows with these seeds and output lengths."""
+        rows, outputs = len(seeds), [[0] * length for length in lengths]
+        drawn = sample(torch.zeros(rows, 1000), [SamplingParams()] * rows, [[0]] * rows, outputs, seeds)
+        return len({each.token_id for each in drawn})
+
+    assert different([9] * 60, [4] * 60) == 1
+    assert different(list(range(60)), [4] * 60) > 50
+    assert different([9] * 60, list(range(60))) > 50
     # Negative and 63-bit seeds are seeds like any other.
-    assert (
-        len({each.token_id for each in sample(logits[:3], *(x[:3] for x in many), [[]] * 3, [-5, 2**63 - 1, 5])}) == 3
-    )
+    assert different([-5, 2**63 - 1, 5], [0] * 3) == 3
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -319,8 +320,8 @@ def test_columns_of_different_length_are_refused() -> None:
         distribution(torch.zeros(2, 5), [SamplingParams()] * 2, [[0]], [[], []])
 
 
-@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
-def test_tokens_beyond_the_vocabulary_are_named(name: str) -> None:
-    params = SamplingParams(**{name: {"logit_bias": {4: 1.0, 5: 1.0}, "stop_token_ids": [4, 5]}[name]})
+@pytest.mark.parametrize(("name", "value"), [("logit_bias", {4: 1.0, 5: 1.0}), ("stop_token_ids", [4, 5])])
+def test_tokens_beyond_the_vocabulary_are_named(name: str, value: Any) -> None:
+    params = SamplingParams(**{name: value})
     with pytest.raises(UserError, match=f"{name} names token 5, but the model has tokens 0 to 4: remove it"):
         distribution(torch.zeros(1, 5), [params], [[0]], [[]])

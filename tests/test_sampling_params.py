@@ -16,7 +16,7 @@ NAMES = {each.name for each in fields(SamplingParams)}
 
 def test_defaults_are_neutral_and_spellings_of_one_meaning_are_equal() -> None:
     assert SamplingParams().is_neutral(*NAMES)
-    spelled = SamplingParams(top_k=-1, seed=-1, max_tokens=-1, stop="x", stop_token_ids=[2], logit_bias={"7": 1})  # type: ignore[arg-type]
+    spelled = SamplingParams(top_k=-1, seed=-1, max_tokens=-1, stop="x", stop_token_ids=[2], logit_bias={"7": 1})  # type: ignore[arg-type, dict-item]
     assert spelled == SamplingParams(max_tokens=None, stop=("x",), stop_token_ids=(2,), logit_bias={7: 1})
     assert SamplingParams(logit_bias={}) == SamplingParams()
     assert SamplingParams(temperature=np.float64(0.5)).temperature == 0.5
