@@ -92,7 +92,8 @@ def quantize(
     store = Store(Path(out), plan, resume=resume, overwrite=overwrite)
     errors = run.all_parts(store, ids, progress)
     summary = run.summary(store, errors)
-    store.finish(run.parts, run.config(summary), {fmt.SIDECAR: fmt.config(chosen)} if fmt.SIDECAR else {}, ckpt.path)
+    sidecars = {fmt.SIDECAR: fmt.config(chosen)} if fmt.SIDECAR else {}
+    store.finish(run.parts, run.config(summary), sidecars, ckpt.path, base.pickled(fmt, chosen))
     return {**summary, "seconds": round(time.monotonic() - started, 2)}
 
 

@@ -68,12 +68,14 @@ class Run:
 
     def _untie_head(self) -> dict[str, str]:
         """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it
-        copies}.
+        copies}. So does every tied head in a pickled layout (HQQ's own), whose library ties nothing.
         """
+        pickled = base.pickled(self.fmt, self.recipe) is not None
         sources = {p.target: p.sources[0] for p in self.places[self.count]}
         found = {}
         for target, other in getattr(self.model, "all_tied_weights_keys", {}).items():
-            if target not in sources and other in sources and self.recipe.spec(target.removesuffix(".weight")):
+            wanted = pickled or self.recipe.spec(target.removesuffix(".weight"))
+            if target not in sources and other in sources and wanted:
                 self.places[self.count].append(Placement(target, (target,)))
                 found[target] = sources[other]
         return found
@@ -267,14 +269,16 @@ class Run:
     def _written(self, placement: Placement, source: str, changed: bool) -> Tensor:
         """A dense tensor as it is written: the source's bytes, unless the method rescaled it."""
         module, leaf = owner(self.model, placement.target)
-        original = self.ckpt(source) if not self.ckpt.weights[source] else None
+        name = self.alias.get(source, source)
+        original = self.ckpt(name) if not self.ckpt.weights[name] else None
         if changed and self.recipe.method == "awq" and placement.converter is None and module is not None:
             live = module._parameters.get(leaf)
             if live is not None and not live.is_meta:
                 return live.data.to(self._dtype(original))
         if original is not None:
-            return original
-        return self.ckpt.dense(source, self.shapes[source]).to(self._dtype(None))
+            # safetensors refuses two names for the same memory.
+            return original if name == source else original.clone()
+        return self.ckpt.dense(name, self.shapes[name]).to(self._dtype(None))
 
     def _dtype(self, original: Tensor | None) -> torch.dtype:
         if original is not None:
@@ -308,4 +312,6 @@ class Run:
             "specs": specs,
         }
         note |= {"bpw": summary["bpw"], "errors": {k: float(f"{v:.6g}") for k, v in summary["errors"].items()}}
-        return {**original, "quantization_config": self.fmt.config(self.recipe), "bitsmith": note}
+        quantization = self.fmt.config(self.recipe)
+        found = {"quantization_config": quantization} if quantization else {}
+        return {**original, **found, "bitsmith": note}

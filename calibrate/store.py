@@ -9,10 +9,11 @@ renamed to OUT: OUT never holds half a model.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +34,9 @@ _COMPANIONS = (
     "*.jinja",
     "generation_config.json",
 )
+
+# Tensors by full name -> what torch.save writes.
+Pickled = Callable[[Mapping[str, Tensor]], Any]
 
 
 class Store:
@@ -65,9 +69,21 @@ class Store:
     def get(self, index: int) -> "Part":
         return Part(self._part(index))
 
-    def finish(self, count: int, config: dict[str, Any], sidecars: dict[str, Any], source: Path) -> None:
-        """Merge `count` parts, write config.json and the sidecar files, copy the tokenizer, move to OUT."""
-        self._merge(count)
+    def finish(
+        self,
+        count: int,
+        config: dict[str, Any],
+        sidecars: dict[str, Any],
+        source: Path,
+        pickled: tuple[str, Pickled] | None = None,
+    ) -> None:
+        """Merge `count` parts, write config.json and the sidecar files, copy the tokenizer, move to OUT. With `pickled`
+        (file name, function) all tensors go through the function into one pickle, not into safetensors.
+        """
+        if pickled:
+            self._pickle(count, *pickled)
+        else:
+            self._merge(count)
         for name, content in {"config.json": config, **sidecars}.items():
             write_json(self.work / name, content)
         for pattern in _COMPANIONS:
@@ -97,6 +113,16 @@ class Store:
             write_json(
                 self.work / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where}
             )
+        self._unlink_parts(count)
+
+    def _pickle(self, count: int, file: str, content: Pickled) -> None:
+        tensors = {name: part(name) for part in map(self.get, range(count)) for name in part}
+        temporary = self.work / f"{file}.tmp"
+        torch.save(content(tensors), temporary)
+        _commit(temporary, self.work / file)
+        self._unlink_parts(count)
+
+    def _unlink_parts(self, count: int) -> None:
         for index in range(count):
             self._part(index).unlink()
 

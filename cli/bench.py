@@ -8,6 +8,7 @@ eval/speed.py.
 import argparse
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("path", metavar="PATH|SHAPE", help="a model directory, or 1.1b, 8b, tiny")
     parser.add_argument(
         "--against",
-        default="transformers,llama.cpp",
         metavar="PEER,...",
-        help="transformers, llama.cpp, or none (default: both)",
+        help="transformers, llama.cpp, or none (default: those that are installed)",
     )
     parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of a SHAPE (default: 128)")
@@ -76,11 +76,20 @@ def run(args: argparse.Namespace) -> None:
         _print(found)
 
 
-def _peers(text: str) -> list[str]:
-    names = [] if text == "none" else text.split(",")
+def _peers(text: str | None) -> list[str]:
+    """The peers asked for; None takes those that are installed. UserError for an unknown one, or one that is missing."""
+    names = [] if text == "none" else list(_PEERS) if text is None else text.split(",")
     unknown = [name for name in names if name not in _PEERS]
     if unknown:
         raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(_PEERS)}, or none")
+    if "llama.cpp" in names and not all(find_spec(package) for package in ("llama_cpp", "gguf")):
+        missing = (
+            "llama.cpp is measured through llama-cpp-python and gguf, not installed: `pip install bitsmith[bench]`"
+        )
+        if text is not None:
+            raise UserError(f"{missing}, or leave it out of --against")
+        note(missing)
+        names.remove("llama.cpp")
     return names
 
 
@@ -100,6 +109,7 @@ def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) 
         for engine, repack in zip(_PEERS["llama.cpp"], (True, False), strict=True):
             wanted[engine] = (LlamaCppEngine, (gguf, threads, sequences, context, repack))
     found: dict[str, Any] = {}
+    # One after the other: loading is what takes most memory.
     for engine, (build, arguments) in wanted.items():
         try:
             found[engine] = Worker(build, arguments, threads)

@@ -131,8 +131,12 @@ def _storyworld(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     found = evaluate(model, load_tokenizer(args.path), data, args.limit)
     task = "storyworld" + (f"/{args.limit}" if args.limit else "")
-    errors = {"accuracy": "stderr", "gap_nats_per_token": "gap_stderr"}
-    _finish(args, found, who.rows(task, found, errors, int(found["n_questions"]), time.perf_counter() - start))
+    errors = {"bpw": None, "accuracy": "stderr", "gap_nats_per_token": "gap_stderr"}
+    _finish(
+        args,
+        found,
+        who.rows(task, {**found, "bpw": who.bpw}, errors, int(found["n_questions"]), time.perf_counter() - start),
+    )
 
 
 def _finish(args: argparse.Namespace, found: dict[str, Any], rows: list[Any]) -> None:

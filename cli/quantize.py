@@ -46,4 +46,5 @@ def run(args: argparse.Namespace) -> None:
     if "damp_percent" in options:
         options["settings"] = Settings(damp_percent=options.pop("damp_percent"))
     summary = quantize(args.src, args.out, **options)
-    note(f"wrote {args.out}: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, int | float))
+    note(f"wrote {args.out}: {shown}")

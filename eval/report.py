@@ -87,7 +87,7 @@ def quality_table(rows: Iterable[Quality]) -> Table:
                 f"`{q.spec}`",
                 _cell(q.bpw, ".2f"),
                 _cell(q.ppl, ".2f"),
-                _cell(q.kld, ".5f"),
+                _cell(q.kld, ".3g"),
                 _cell(None if q.top1 is None else 100 * q.top1, ".2f", " %"),
                 _cell(q.seconds, ".1f"),
             ]

@@ -125,7 +125,10 @@ class Worker:
             raise
 
     def sample(self, case: Case) -> tuple[float, float]:
-        self._pipe.send(case)
+        try:
+            self._pipe.send(case)
+        except BrokenPipeError:
+            raise self._death() from None
         rate, lost = self._receive()
         return rate, lost
 
@@ -133,11 +136,14 @@ class Worker:
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._process.join()
-            raise EngineDied(f"its process ended with exit code {self._process.exitcode}") from None
+            raise self._death() from None
         if isinstance(answer, UserError):
             raise answer
         return answer
+
+    def _death(self) -> EngineDied:
+        self._process.join()
+        return EngineDied(f"its process ended with exit code {self._process.exitcode}")
 
     def close(self) -> None:
         """End the process and give its memory back."""

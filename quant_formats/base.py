@@ -12,14 +12,15 @@ A dialect is a module with
     check(spec, shape) -> str        why a weight of this shape cannot be stored, with the fix; "" when it can
     load(read, name, shape, recipe) -> QTensor
     save(q, recipe) -> {suffix: tensor}          save(load(x)) == x, byte for byte
-    config(recipe) -> dict           the quantization_config to write
+    config(recipe) -> dict           the quantization_config to write, {} where config.json has none
+    pickled(recipe)                  optional: (file, tensors -> content) of a layout that is a pickle, else None
 
 and no algorithm: quantizers live in calibrate/ and see only grids. What `save` cannot compute from the parts travels in
 `QTensor.extra`, by suffix: those tensors of the file win over computed ones.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase, translate
 from functools import cache
@@ -107,6 +108,12 @@ class Format(Protocol):
     def load(self, read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTensor: ...
     def save(self, q: QTensor, recipe: Recipe) -> dict[str, Tensor]: ...
     def config(self, recipe: Recipe) -> dict[str, Any]: ...
+
+
+def pickled(fmt: Format, recipe: Recipe) -> tuple[str, Callable[[Mapping[str, Tensor]], Any]] | None:
+    """(file name, tensors by full name -> what torch.save writes) of a layout that is a pickle; None for safetensors."""
+    found = getattr(fmt, "pickled", None)
+    return found(recipe) if found else None
 
 
 @cache

@@ -15,7 +15,7 @@ and the library's own pickle qmodel.pt ("hqq-native"), module -> {fact: value}. 
 again (deprecated by the library), unpacked W_q.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -301,7 +301,9 @@ def _decode(tensor: Tensor, kind: type) -> Any:
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
-    """The quantization_config of the safetensors form; beside qmodel.pt config.json stays as it is."""
+    """The quantization_config of the safetensors form; beside qmodel.pt config.json has none."""
+    if recipe.options["native"]:
+        return {}
     spec = recipe.default
     weight_params = {
         "nbits": spec.bits,
@@ -318,8 +320,11 @@ def config(recipe: Recipe) -> dict[str, Any]:
         "zero_quant_params": None,
         "offload_meta": False,
     }
-    found = {"quant_method": "hqq", "quant_config": quant, "skip_modules": unconverted(recipe)}
-    return {**found, "native": True} if recipe.options["native"] else found
+    return {"quant_method": "hqq", "quant_config": quant, "skip_modules": unconverted(recipe)}
+
+
+def pickled(recipe: Recipe) -> tuple[str, Callable[[Mapping[str, Tensor]], Any]] | None:
+    return ("qmodel.pt", tensors_to_native) if recipe.options["native"] else None
 
 
 def native_to_tensors(modules: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -28,6 +28,7 @@ from .openai_types import (
     parse_body,
     parse_chat,
     parse_completion,
+    refuse_rest,
     take,
     take_chat,
 )
@@ -149,8 +150,7 @@ class Server:
                     if event := reply.part(choices[index], chunk):
                         yield event | extra
         except (UserError, EngineDeadError) as error:
-            # The status went out as 200 long ago: an error object is all that is left, and OpenAI's clients look for
-            # it.
+            # The status went out as 200 long ago; OpenAI's clients look for an error object among the events.
             yield error_object(str(error), 400 if isinstance(error, UserError) else 500)
             return
         if include_usage:
@@ -165,6 +165,7 @@ class Server:
         else:
             text = take(body, "content" if "content" in body else "prompt", str)
             ids = self.encode(text, take(body, "add_special_tokens", bool, True))
+        refuse_rest(body)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.engine.max_model_len}
 
     async def detokenize(self, request: Request) -> Json:
@@ -172,6 +173,7 @@ class Server:
         body = parse_body(await request.body())
         self.check_model(take(body, "model", str, None))
         tokens = take(body, "tokens", list)
+        refuse_rest(body)
         size = len(self.engine.tokenizer)
         if bad := [token for token in tokens if type(token) is not int or not 0 <= token < size]:
             raise RequestError(f"`tokens` must be integers from 0 to {size - 1}, not {bad[0]!r}", "tokens")

@@ -124,6 +124,12 @@ def take(body: dict[str, Any], name: str, kind: type, default: Any = _MISSING) -
     return value
 
 
+def refuse_rest(body: dict[str, Any]) -> None:
+    """RequestError if fields are left in `body` once all known ones were taken."""
+    if left := [name for name, value in body.items() if value is not None]:
+        raise RequestError(f"unknown field {left[0]!r}: remove it", left[0])
+
+
 def _take_prompts(body: dict[str, Any]) -> list[str | list[int]]:
     """`prompt`: a string, a list of strings, a list of token ids, or a list of such lists."""
     accepted = "a string, a list of strings, a list of token ids or a list of lists of token ids"

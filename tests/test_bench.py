@@ -211,8 +211,13 @@ def command(*words: str) -> argparse.Namespace:
     return parser.parse_args(["bench", *words])
 
 
-def test_bad_commands_are_refused() -> None:
+def test_bad_commands_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"bench 'serve' does not exist; the one that does is: decode"):
         bench.run(command("serve", "tiny"))
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"not installed: `pip install bitsmith\[bench\]`, or leave it out of --against"
+    ):
+        bench.run(command("decode", "tiny", "--against", "llama.cpp"))
     with pytest.raises(UserError, match=r"--against 'vllm' is not known; accepted: transformers, llama.cpp, or none"):
         bench.run(command("decode", "tiny", "--against", "vllm"))

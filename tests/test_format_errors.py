@@ -70,6 +70,7 @@ def test_fp8_scales_divide_only_where_the_config_says_so() -> None:
     torch.testing.assert_close(back.dequantize(), q.dequantize(), rtol=1e-6, atol=0)
     assert all(base.same(t, divisors[f"m.{s}"]) for s, t in fmt.save(back, inverse).items())
     assert fmt.config(inverse)["weight_scale_semantics"] == "inverse"
+    assert torch.equal(fmt.save(q, inverse)["weight_scale_inv"], divisors("m.weight_scale_inv"))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])

@@ -4,7 +4,7 @@ rows do not see each other, neutral rows keep their bits, one seed gives one tex
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from bitsmith.samplers.pipeline import ORDER, Step, distribution, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.generation import logits_process
 
 VOCAB = 37
 EOS = frozenset({3})
@@ -105,6 +106,25 @@ def test_distribution_matches_the_definitions_row_by_row(seed: int) -> None:
         np.testing.assert_allclose(probs[row].numpy(), wanted, rtol=2e-5, atol=1e-9, err_msg=str(each))
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"repetition_penalty": 1.3}, "RepetitionPenaltyLogitsProcessor"),
+        ({"temperature": 0.7}, "TemperatureLogitsWarper"),
+        ({"top_k": 9}, "TopKLogitsWarper"),
+        ({"top_p": 0.85}, "TopPLogitsWarper"),
+        ({"min_p": 0.08}, "MinPLogitsWarper"),
+    ],
+)
+def test_distribution_matches_transformers(ours: dict[str, Any], theirs: str) -> None:
+    logits = torch.randn(4, 500) * 3
+    texts = torch.randint(0, 500, (4, 30))
+    (value,) = ours.values()
+    wanted = getattr(logits_process, theirs)(value)(texts, logits.clone()).softmax(-1)
+    history: Any = ([row[:20].tolist() for row in texts], [row[20:].tolist() for row in texts])
+    torch.testing.assert_close(distribution(logits, [SamplingParams(**ours)] * 4, *history), wanted)
+
+
 def test_min_tokens_ends_with_the_token_it_names() -> None:
     params = [SamplingParams(min_tokens=2, stop_token_ids=(0,))] * 3
     probs = distribution(torch.zeros(3, 4), params, [[0]] * 3, [[1], [1, 1], [1, 1, 1]], EOS)
@@ -124,8 +144,12 @@ def test_a_row_is_bit_identical_alone_in_company_and_after_permutation(seed: int
         assert torch.equal(distribution(one, alone, prompt, output, EOS)[0], together[row])
         assert sample(one, alone, prompt, output, [seeds[row]], EOS) == [drawn[row]]
     order = torch.randperm(len(params)).tolist()
-    columns: Any = ([column[i] for i in order] for column in (params, prompts, outputs, seeds))
-    assert sample(logits[order], *columns, eos_token_ids=EOS) == [drawn[i] for i in order]
+
+    def shuffled(column: Sequence[Any]) -> list[Any]:
+        return [column[i] for i in order]
+
+    columns = shuffled(params), shuffled(prompts), shuffled(outputs), shuffled(seeds)
+    assert sample(logits[order], *columns, EOS) == shuffled(drawn)
 
 
 NOWHERE = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
