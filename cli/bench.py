@@ -77,15 +77,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _peers(text: str | None) -> list[str]:
-    """The peers asked for; None takes those that are installed. UserError for an unknown one, or one that is missing."""
+    """The peers asked for; None takes those that are installed. UserError for one that is unknown or missing."""
     names = [] if text == "none" else list(_PEERS) if text is None else text.split(",")
     unknown = [name for name in names if name not in _PEERS]
     if unknown:
         raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(_PEERS)}, or none")
     if "llama.cpp" in names and not all(find_spec(package) for package in ("llama_cpp", "gguf")):
-        missing = (
-            "llama.cpp is measured through llama-cpp-python and gguf, not installed: `pip install bitsmith[bench]`"
-        )
+        missing = "llama.cpp needs llama-cpp-python and gguf, not installed: `pip install bitsmith[bench]`"
         if text is not None:
             raise UserError(f"{missing}, or leave it out of --against")
         note(missing)
