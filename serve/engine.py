@@ -127,7 +127,10 @@ class Engine:
         if not work:
             return []
         logits = self.runner.run(work)
-        rows = [row for row, (seq, count) in enumerate(work) if count == seq.remaining]
+        usable = logits.amax(-1).isfinite().tolist()
+        done = [row for row, (seq, count) in enumerate(work) if count == seq.remaining]
+        dropped = [self._drop(work[row][0]) for row in done if not usable[row]]
+        rows = [row for row in done if usable[row]]
         seqs = [work[row][0] for row in rows]
         sampled = self._sample(logits if len(rows) == len(work) else logits[rows], seqs)
         tokens: list[int | None] = [None] * len(work)
@@ -135,7 +138,12 @@ class Engine:
             tokens[row] = each.token_id
         self.scheduler.update(work, tokens)
         now = time.perf_counter()
-        return [(seq.request_id, self._advance(seq, each, now)) for seq, each in zip(seqs, sampled, strict=True)]
+        return dropped + [(s.request_id, self._advance(s, each, now)) for s, each in zip(seqs, sampled, strict=True)]
+
+    def _drop(self, seq: Seq) -> tuple[str, StreamChunk]:
+        """End a request whose logits hold NaN or no finite value (float16 overflow): the others must go on."""
+        _LOG.error("request %s: the model gave no finite logits after %d tokens; aborted", seq.request_id, len(seq.ids))
+        return seq.request_id, self._chunk(self._requests[seq.request_id], "", None, "abort")
 
     def abort(self, request_id: str) -> StreamChunk | None:
         """End a request and free its blocks at once -> its last chunk; None if it is not running."""

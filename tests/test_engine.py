@@ -208,6 +208,23 @@ def test_stats_count(make_llm: MakeLLM) -> None:
         assert counts == sorted(counts) and counts[-1] <= count
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_without_numbers_end_their_request_alone(make_llm: MakeLLM, broken: float) -> None:
+    llm = make_llm("abc")
+    run = llm.engine.runner.run
+
+    def spoil(work: Any) -> torch.Tensor:
+        logits = run(work)
+        logits[[row for row, (seq, _) in enumerate(work) if seq.request_id == "llm-1" and seq.num_output == 2]] = broken
+        return logits
+
+    llm.engine.runner.run = spoil
+    first, bad, last = llm.generate(["1", "2", "3"], greedy())
+    assert (first.text, last.text) == ("abc", "abc") and first.finish_reason == last.finish_reason == "stop"
+    assert (bad.text, bad.finish_reason) == ("ab", "abort")
+    assert llm.engine.blocks.num_free == 64
+
+
 def test_a_checkpoint_continues_as_its_authors_found(shared: Callable[[str], Path]) -> None:
     path = shared("models/stories260k")
     golden = json.loads((path / "golden.json").read_text())
