@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from ..kernels.spec import Spec
 from ..models.checkpoint import Checkpoint
-from ..models.linear import is_experts
-from ..models.load import is_linear, owner
+from ..models.linear import is_experts, is_linear
+from ..models.load import owner
 from ..models.names import Placement
 from ..quant_formats.base import Format, Recipe, Rule, matches
 

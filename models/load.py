@@ -25,7 +25,7 @@ from ..errors import UserError
 from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import Checkpoint, resolve
-from .linear import EXPERTS, QuantLinear, fuse_siblings, is_experts, set_expert_weight
+from .linear import EXPERTS, QuantLinear, fuse_siblings, is_experts, is_linear, prepack_linears, set_expert_weight
 from .names import Placement, placements
 
 _LOG = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ def load_model(
     loader = _Loader(model, ckpt, device, wanted, exact, act)
     loader.fill()
     if not exact:
-        fuse_siblings(model, wanted)
+        fuse_siblings(model, wanted, act)
+        if device.type == "cpu" and wanted is torch.bfloat16:
+            prepack_linears(model)
     model.eval()
     return model
 
@@ -149,11 +151,6 @@ def _compute_buffers(model: PreTrainedModel) -> None:
                 owners.setdefault(parent, module)
     for module in owners.values():
         model._init_weights(module)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Exact types only: routers subclass nn.Linear and return tuples."""
-    return type(module) is nn.Linear or type(module).__name__ == "FalconLinear"
 
 
 class _Loader:

@@ -11,7 +11,7 @@ import torch
 from bitsmith.calibrate.driver import quantize
 from bitsmith.errors import UserError
 from bitsmith.models.inspect import inspect_checkpoint
-from bitsmith.models.linear import QuantLinear, _Member, fuse_siblings
+from bitsmith.models.linear import DenseLinear, QuantLinear, _Member, fuse_siblings
 from bitsmith.models.load import load_model, load_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -153,12 +153,37 @@ def test_siblings_share_one_product(tiny: Callable[..., Path], tmp_path: Path) -
     assert fuse_siblings(nn.Sequential(), torch.float32) == 0
 
 
+def test_int8_activations_where_asked(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    quantize(tiny("Llama"), tmp_path / "q", format="rtn", bits=8, group_size=-1, progress=False)
+    model = load_model(tmp_path / "q", dtype="bfloat16", act="a8")
+    names = {m.matmul.name.partition("[")[0] for m in model.modules() if isinstance(m, QuantLinear)}
+    assert names == {"int8"}, names
+    with torch.no_grad():
+        assert relative(model(IDS).logits.float(), load_model(tmp_path / "q", exact=True)(IDS).logits) < 0.1
+    with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
+        load_model(tmp_path / "q", dtype="bfloat16", act="a4")
+
+
 def test_bfloat16_path_stays_near_the_exact_one(tiny: Callable[..., Path], tmp_path: Path) -> None:
     quantize(tiny("Llama"), tmp_path / "q", format="rtn", group_size=32, progress=False)
     with torch.no_grad():
         exact = load_model(tmp_path / "q", exact=True)(IDS).logits
         fast = load_model(tmp_path / "q", dtype="bfloat16")(IDS).logits.float()
     assert relative(fast, exact) < 0.1
+
+
+def test_dense_linears_are_prepacked_in_bfloat16(tiny: Callable[..., Path]) -> None:
+    plain, packed = (
+        load_model(tiny("Llama", attention_bias=True), exact=True),
+        load_model(tiny("Llama", attention_bias=True), dtype="bfloat16"),
+    )
+    linear = packed.model.layers[1].self_attn.q_proj
+    assert isinstance(linear, DenseLinear) and isinstance(packed.lm_head, DenseLinear)
+    assert torch.equal(linear.weight, plain.model.layers[1].self_attn.q_proj.weight.bfloat16())
+    with torch.no_grad():
+        assert relative(packed(IDS).logits.float(), plain(IDS).logits) < 0.05
+    tied = load_model(tiny("Llama", tie_word_embeddings=True), dtype="bfloat16")
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
 def broken(source: Path, target: Path, change: Callable[[Path], None]) -> Path:

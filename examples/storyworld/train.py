@@ -84,7 +84,32 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> LlamaForCaus
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    look_back(model)
+    return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM) -> None:
+    """Starts head h of the first layer as one that attends h + 1 tokens back.
+
+    To say where the cat is, a place must be bound to its subject, four tokens before, and the subject compared with the
+    question's. Neither half pays without the other, which is why induction heads appear late and at once (Olsson 2022).
+    Given the first half at the start, the second is found in a hundred steps or so.
+
+    Every embedding gets the same large first entry, so that queries and keys have a constant part. With key phases 0
+    and query phases -(h + 1) * frequency, rotary attention is largest at that distance.
+    """
+    config, layer = model.config, model.model.layers[0].self_attn
+    frequency = model.model.rotary_emb.inv_freq
+    model.model.embed_tokens.weight[:, 0] = 5 * config.initializer_range
+    keys = layer.k_proj.weight.view(config.num_key_value_heads, 2, -1, config.hidden_size)
+    keys[:, 0, :, 0] += 1.2
+    queries = layer.q_proj.weight.view(config.num_attention_heads, 2, -1, config.hidden_size)
+    for head in range(config.num_attention_heads):
+        angle = (head + 1) * frequency
+        queries[head, 0, :, 0] += 1.2 * angle.cos()
+        queries[head, 1, :, 0] -= 1.2 * angle.sin()
 
 
 def falling(step: int, steps: int, share: float) -> float:
