@@ -63,11 +63,11 @@ def quantize(
     fmt = base.format_by_name(wanted.format)
     chosen = replace(fmt.recipe(wanted), method=method, calib=calib or "")
     how = method_by_name(method)
+    ckpt = Checkpoint(src)
     if how.NEEDS_CALIBRATION and calib is None:
         raise UserError(
             f"--method {method} looks at data. Fix: --calib FILE (.txt, .jsonl) or hub:NAME, or --method rtn or hqq"
         )
-    ckpt = Checkpoint(src)
     model = build(ckpt, torch.float32)
     rules = head_rules(model, chosen, fmt, head_bits)
     user_rules: tuple[base.Rule, ...] = tuple((pattern, "skip") for pattern in skip)

@@ -108,7 +108,7 @@ class Run:
             self._load(index, None)
             errors: dict[str, float] = {}
             done = self._with_data(index, items, blocks, errors, bar) if blocks else self._without(items, errors, bar)
-            store.put(index, self._tensors(index, done, blocks is not None), {"errors": errors})
+            store.put(index, self._tensors(index, done, blocks is not None), _facts(done, errors))
         else:
             bar.update(len(items))
         if blocks:
@@ -133,7 +133,7 @@ class Run:
             self._load(self.count, None)
             tie(self.model)
             done = self._without(items, errors, bar)
-        store.put(self.count, self._tensors(self.count, done, False), {"errors": errors})
+        store.put(self.count, self._tensors(self.count, done, False), _facts(done, errors))
 
     def _load(self, part: int, stored: Part | None) -> None:
         """Give the model the dense weights of a part: the source's, or (`stored`) what was written for it."""
@@ -287,15 +287,8 @@ class Run:
 
     def summary(self, store: Store, errors: dict[str, float]) -> dict[str, Any]:
         """bits per weight over the quantized weights (scales and zero points counted), and the errors."""
-        suffixes = self.fmt.SUFFIXES
         weights = sum(i.shape[0] * i.shape[1] for i in self.items)
-        size = 0
-        for index in range(self.parts):
-            part = store.get(index)
-            for name in part:
-                owners = (name.removesuffix("." + s) for s in suffixes if name.endswith("." + s))
-                if any(m in self.modules for m in owners):
-                    size += part(name).nbytes
+        size = sum(store.get(index).facts["bytes"] for index in range(self.parts))
         mean = sum(errors.values()) / len(errors)
         return {"bpw": round(8 * size / weights, 4), "mean_relative_error": mean, "errors": errors}
 
@@ -315,3 +308,8 @@ class Run:
         quantization = self.fmt.config(self.recipe)
         found = {"quantization_config": quantization} if quantization else {}
         return {**original, **found, "bitsmith": note}
+
+
+def _facts(done: dict[str, QTensor], errors: dict[str, float]) -> dict[str, Any]:
+    """What is remembered of a finished part besides its tensors."""
+    return {"errors": errors, "bytes": sum(q.nbytes for q in done.values())}

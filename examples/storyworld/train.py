@@ -103,6 +103,9 @@ def look_back(model: LlamaForCausalLM) -> None:
     config, layer = model.config, model.model.layers[0].self_attn
     frequency = model.model.rotary_emb.inv_freq
     model.model.embed_tokens.weight[:, 0] = 5 * config.initializer_range
+    # Left as large as they are, the random parts move the peak to another token.
+    layer.k_proj.weight.mul_(0.1)
+    layer.q_proj.weight.mul_(0.1)
     keys = layer.k_proj.weight.view(config.num_key_value_heads, 2, -1, config.hidden_size)
     keys[:, 0, :, 0] += 1.2
     queries = layer.q_proj.weight.view(config.num_attention_heads, 2, -1, config.hidden_size)
