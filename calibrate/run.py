@@ -300,6 +300,7 @@ class Run:
             original["tie_word_embeddings"] = False
         note = {
             "version": __version__,
+            "source": self.ckpt.path.resolve().name,
             "method": self.recipe.method,
             "calib": Path(self.recipe.calib).name,
             "specs": specs,

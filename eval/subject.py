@@ -62,7 +62,7 @@ def subject(path: str, base: str | None = None) -> Subject:
     recipe, config = checkpoint.recipe, checkpoint.config
     spec = str(recipe.default) if recipe else _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "f32")
     return Subject(
-        model=_name(base or path),
+        model=_name(base) if base else str(config.get("bitsmith", {}).get("source", _name(path))),
         spec=spec,
         method=_method(config, recipe),
         bpw=float(inspect_checkpoint(path)["bpw"]),

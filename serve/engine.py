@@ -223,7 +223,9 @@ class Engine:
             self.counters.finished[reason] += 1
         logprobs: tuple[TokenLogprob, ...] | None = None
         if seq.params.logprobs is not None:
-            logprobs = () if sampled is None else (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)
+            logprobs = ()
+        if sampled is not None and sampled.logprob is not None:
+            logprobs = (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)
         return StreamChunk(
             text_delta=text,
             token_ids=() if sampled is None else (sampled.token_id,),
