@@ -63,14 +63,23 @@ def _shrink(x: Tensor, beta: float) -> Tensor:
 
 def _step(target: Tensor, codes: Tensor, w_hat: Tensor, here: Params, params: Params, spec: Spec) -> Params:
     if params.zero is not None and spec.zero.startswith("z"):
-        count = _per_group(torch.ones_like(target), spec)
-        zero = _per_group(codes.float() - target / here.scale, spec) / count
-        return replace(params, zero=_store(zero, spec.zero.removeprefix("z")))
+        return _line(target, codes.float(), params, spec)
     unit = w_hat / here.scale
     power = _per_group(unit * unit, spec)
     scale = _per_group(target * unit, spec) / power.clamp(min=1e-12)
     usable = (power > 0) & (scale > 0)
     return replace(params, scale=torch.where(usable, _store(scale, spec.scale), params.scale))
+
+
+def _line(target: Tensor, codes: Tensor, params: Params, spec: Spec) -> Params:
+    """The straight line target = (code - zero) * scale through the codes of each group, by least squares."""
+    count = _per_group(torch.ones_like(target), spec)
+    mean_code, mean = _per_group(codes, spec) / count, _per_group(target, spec) / count
+    variance = _per_group(codes * codes, spec) / count - mean_code**2
+    scale = (_per_group(codes * target, spec) / count - mean_code * mean) / variance.clamp(min=1e-6)
+    # A group whose weights all have one code has no slope.
+    scale = torch.where((variance > 1e-6) & (scale > 0), _store(scale, spec.scale), params.scale)
+    return replace(params, scale=scale, zero=_store(mean_code - mean / scale, spec.zero.removeprefix("z")))
 
 
 def _store(t: Tensor, name: str) -> Tensor:

@@ -71,7 +71,7 @@ def as_v2(path: Path) -> None:
 
 GPTQMODEL = {"do": "load_gptqmodel", "format": "gptq"}
 BNB = {"do": "load_transformers", "dtype": "float32"}
-F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+F16, F32 = torch.float16, torch.float32
 CASES = {
     "gptq-w4g128": Case(gptq(bits=4), GPTQMODEL, F16),
     "gptq-w4g128-asym": Case(gptq(bits=4, sym=False), GPTQMODEL, F16),
@@ -99,8 +99,8 @@ CASES = {
     "nf4": Case({"format": "nf4"}, BNB, F32),
     "nf4-dq": Case({"format": "nf4-dq"}, BNB, F32),
     "bnb-fp4": Case({"format": "bnb-fp4"}, BNB, F32),
-    "fp8": Case({"format": "fp8"}, {"do": "load_transformers", "dtype": "bfloat16"}, BF16),
-    "fp8-block": Case({"format": "fp8-block"}, {"do": "load_transformers", "dtype": "bfloat16"}, BF16),
+    "fp8": Case({"format": "fp8"}, {"do": "load_transformers", "dtype": "float16"}, F16),
+    "fp8-block": Case({"format": "fp8-block"}, {"do": "load_transformers", "dtype": "float16"}, F16),
 }
 
 
