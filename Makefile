@@ -7,7 +7,7 @@ STAMP := $(VENV)/installed
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow support check fmt clean install
+.PHONY: demo test test-slow test-interop support check fmt clean install
 
 install: $(STAMP)
 
@@ -28,6 +28,18 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow"
 
+# Other libraries load what we write. They live in an environment of their own: no one environment satisfies all of their pins and ours.
+PEERS := .venv-interop
+$(PEERS)/installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/interop/requirements.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation gptqmodel==7.7.0
+	touch $@
+
+test-interop: $(STAMP) $(PEERS)/installed
+	BITSMITH_INTEROP_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m interop -s
+
 # The README's table of what works, from a run of the tests named in tests/support.yaml.
 support: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not interop and not gpu" --write-support
@@ -46,4 +58,4 @@ fmt: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info demo-out

@@ -111,7 +111,7 @@ class Format(Protocol):
 
 
 def pickled(fmt: Format, recipe: Recipe) -> tuple[str, Callable[[Mapping[str, Tensor]], Any]] | None:
-    """(file name, tensors by full name -> what torch.save writes) of a layout that is a pickle; None for safetensors."""
+    """(file name, tensors by full name -> what torch.save writes) of a pickled layout; None for safetensors."""
     found = getattr(fmt, "pickled", None)
     return found(recipe) if found else None
 
