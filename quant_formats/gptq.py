@@ -10,7 +10,8 @@ W[n, k] = (code - zero[g_idx[k], n]) * scale[g_idx[k], n].
 v1 subtracts one from the whole int32 word, not per field: a zero point of 0 borrows from its neighbour. Adding the
 same constant to the word undoes it exactly, which is what gptqmodel (its writer) does and so do we; 3-bit fields wrap
 one by one. Kernels that add one per field read such files differently (specs: 5 of 36,864 zero points in a 2-bit
-model). Left out: the planar layout gptq_p (5, 6, 7 bits).
+model). New symmetric checkpoints are v1, which every reader knows; asymmetric ones v2, which leaves no doubt about zero
+points of 0 (gptqmodel opens no asymmetric v1 but its own). Left out: the planar layout gptq_p (5, 6, 7 bits).
 """
 
 from collections.abc import Mapping
@@ -71,7 +72,8 @@ def recipe(options: Options) -> Recipe:
     width = bits_among(options, BITS, 4, "choose one of those, or --format hqq for 1, 2, 3, 4 or 8 bits")
     sym = True if options.sym is None else options.sym
     spec = _spec(width, group_size(options, 128), sym, bool(options.desc_act))
-    return Recipe("gptq", (("*", spec),), {"checkpoint_format": "gptq", "desc_act": bool(options.desc_act)})
+    version = "gptq" if sym else "gptq_v2"
+    return Recipe("gptq", (("*", spec),), {"checkpoint_format": version, "desc_act": bool(options.desc_act)})
 
 
 def shaped(spec: Spec, shape: tuple[int, int]) -> Spec:

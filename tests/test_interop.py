@@ -54,7 +54,7 @@ def gptq(**options: Any) -> Mapping[str, Any]:
 
 
 def as_v2(path: Path) -> None:
-    """Rewrite a GPTQ checkpoint with zero points as they are, what gptqmodel calls gptq_v2."""
+    """Rewrite a GPTQ checkpoint with zero points as they are; bitsmith itself does so for asymmetric ones."""
     checkpoint = Checkpoint(path)
     assert checkpoint.format is not None and checkpoint.recipe is not None
     recipe = replace(checkpoint.recipe, options={**checkpoint.recipe.options, "checkpoint_format": "gptq_v2"})
@@ -76,7 +76,7 @@ CASES = {
     "gptq-w4g128": Case(gptq(bits=4), GPTQMODEL, F16),
     "gptq-w4g128-asym": Case(gptq(bits=4, sym=False), GPTQMODEL, F16),
     "gptq-w4g32-actorder": Case(gptq(bits=4, group_size=32, desc_act=True), GPTQMODEL, F16),
-    "gptq-w4g128-v2": Case(gptq(bits=4, sym=False), GPTQMODEL, F16, rewrite=as_v2),
+    "gptq-w4g128-v2": Case(gptq(bits=4), GPTQMODEL, F16, rewrite=as_v2),
     "gptq-w4g-1": Case(gptq(bits=4, group_size=-1), GPTQMODEL, F16),
     "gptq-w3g128": Case(gptq(bits=3), GPTQMODEL, F16),
     "gptq-w3g64-asym": Case(gptq(bits=3, group_size=64, sym=False), GPTQMODEL, F16),

@@ -53,8 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Stripped, so that the line ends of an empty line stay two tokens and an answer always ends in the same one.
-    tokenizer.train_from_iterator((s.text.strip() for s in world.stories("tokenizer", 5000)), trainer)
+    tokenizer.train_from_iterator((s.text for s in world.stories("tokenizer", 5000)), trainer)
     bos = tokenizer.token_to_id(BOS)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
     return PreTrainedTokenizerFast(

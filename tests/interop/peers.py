@@ -36,7 +36,15 @@ def load_transformers(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, job["dtype"])
-    return AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, device_map="cpu")
+    # What is not quantized keeps the dtype it is stored in, and bitsandbytes computes in what the config says.
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    return model
 
 
 def load_hqq(job: Job) -> Any:
