@@ -37,13 +37,14 @@ def load_transformers(job: Job) -> Any:
 
     dtype = getattr(torch, job["dtype"])
     model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, device_map="cpu")
-    # What is not quantized keeps the dtype it is stored in, and bitsandbytes computes in what the config says.
+    # What is not quantized keeps the dtype it is stored in. bitsandbytes computes in what the config says, and on some
+    # processors with weights repacked for bfloat16.
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
+            module.compute_dtype, module.support_avx512bf16_for_cpu = dtype, False
     return model
 
 
