@@ -1,4 +1,5 @@
 """`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
+`bitsmith bench kernels` is in _bench_kernels.py.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
 on random weights of its shape. Every engine reads the same number of tokens in the same run, interleaved; see
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from . import _bench_kernels
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
@@ -22,12 +24,13 @@ _OURS = "bitsmith"
 def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("bench", help="speed, beside other engines")
-    parser.add_argument("kind", metavar="decode", help="what to measure; decode is the only one so far")
-    parser.add_argument("path", metavar="PATH|SHAPE", help="a model directory, or 1.1b, 8b, tiny")
+    parser.add_argument("kind", metavar="decode|kernels", help="what to measure: a model, or single products")
+    parser.add_argument("path", metavar="PATH|SHAPE", nargs="?", help="decode: a model directory, or 1.1b, 8b, tiny")
     parser.add_argument(
         "--against",
         metavar="PEER,...",
-        help="transformers, llama.cpp, or none (default: those that are installed)",
+        help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao; or none "
+        "(default: those that are installed)",
     )
     parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of a SHAPE (default: 128)")
@@ -36,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _bench_kernels.add_arguments(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--results", metavar="DIR", help="folder to append rows to (default: results/)")
     where.add_argument("--no-record", action="store_true", help="append no rows")
@@ -43,11 +47,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record."""
-    if args.kind != "decode":
-        raise UserError(f"bench {args.kind!r} does not exist; the one that does is: decode")
-    peers = _peers(args.against)
+    if args.kind not in ("decode", "kernels"):
+        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: accepted is 1 or more")
+    if args.kind == "kernels":
+        _bench_kernels.run(args)
+        return
+    if args.path is None:
+        raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")
+    peers = _peers(args.against)
     quiet_libraries()
     import torch
 

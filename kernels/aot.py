@@ -1,7 +1,7 @@
 """Compile every kernel for every GPU without having one, and read off what it costs: a performance lint.
 
-Each kernel is compiled as `cuda.plan` would launch it on a 4096 x 4096 weight. A row is one kernel, weight spec and
-target:
+Each kernel is compiled as it would be launched: the modules of `MODULES` say how (cases.py). A row is one kernel,
+weight spec (or variant) and target:
 
     shared_bytes   shared memory per program
     registers      per thread
@@ -19,12 +19,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import matmul
-from .cuda import Plan, plan, triple
+from .cases import Case, Target, Weight
+from .codebook import VALUES
 from .lang import HAVE_TRITON, interpreted, need_triton
 from .spec import Spec
 from .tiles import Parts
@@ -59,10 +60,22 @@ SPECS = (
     "minifloat8.e5m2.tensor.f32",
     "codebook4.nf4.g64.f32",
     "codebook4.nf4.g64.u8:f32:256",
+    "codebook4.rowtable.channel",
+    "codebook8.v8.x2.channel",
+    "codebook12.v8.channel",
+    "codebook16.v8.channel",
+    "trellis1.3inst",
+    "trellis2.mcg",
+    "trellis3.mcg",
+    "trellis4.mul1",
+    "trellis5.3inst",
+    "trellis6.mcg",
+    "trellis7.mul1",
+    "trellis8.mcg",
 )
-# (kernel, rows of x): gemv once per size of its accumulator.
-KERNELS = (("gemv", 1), ("gemv", 8), ("gemm", 16), ("dequant", 128))
-_SHAPE = (4096, 4096)
+# Modules with an `aot_cases`, in the order of the table.
+# The last by name alone, being above this folder: codecs bring device code of their own.
+MODULES = ("cuda", "grouped", "scaled", "fused", "transform_device", "paged", ".kv_quant.base")
 _POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e8m0": "*u8", "asym": "*u8"}
 
 
@@ -85,41 +98,57 @@ class Row:
     reason: str = ""
 
 
+def cases(target: str) -> Iterator[Case]:
+    """Everything that would be launched on `target`, module by module."""
+    where = Target(target, int(target[3:]) if target.startswith("sm_") else 80)
+    weights = [Weight(spec, _pointers(spec)) for spec in map(Spec.parse, SPECS)]
+    for module in MODULES:
+        yield from import_module(f".{module}", __package__).aot_cases(where, weights)
+
+
 def table(
     targets: Iterable[str] = TARGETS,
-    specs: Iterable[str] = SPECS,
-    kernels: Iterable[tuple[str, int]] = KERNELS,
+    specs: Iterable[str] | None = None,
+    kernels: Iterable[tuple[str, int]] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Rows (as dicts, in INTERFACE order) of every kernel, spec and target asked for, compiled one after the other.
+    """Rows (as dicts, in INTERFACE order) of every case of the targets, compiled one after the other.
 
-    Raises UserError where triton is missing or set to interpret.
+    specs, kernels: only those weight specs or variants, and those (kernel, rows). Raises UserError where triton is
+    missing or set to interpret.
     """
     need_triton("compiling kernels ahead of time")
     if interpreted():
         raise UserError(
             "compiling kernels ahead of time: TRITON_INTERPRET is set, so kernels are interpreted; unset it"
         )
-    specs, kernels = list(specs), list(kernels)
+    wanted_specs = None if specs is None else set(specs)
+    wanted_kernels = None if kernels is None else set(kernels)
     for target in targets:
-        for spec in specs:
-            for kernel, rows in kernels:
-                yield asdict(compile_row(kernel, rows, Spec.parse(spec), target))
+        for case in cases(target):
+            if (wanted_specs is None or case.spec in wanted_specs) and (
+                wanted_kernels is None or (case.kernel, case.rows) in wanted_kernels
+            ):
+                yield asdict(compile_case(case, target))
 
 
-def compile_row(kernel: str, rows: int, spec: Spec, target: str) -> Row:
+def compile_row(kernel: str, rows: int, spec: Spec | str, target: str) -> Row:
+    """Compile the one case of that name; ValueError where the target does not launch it."""
+    for case in cases(target):
+        if (case.kernel, case.rows, case.spec) == (kernel, rows, str(spec)):
+            return compile_case(case, target)
+    raise ValueError(f"{target} launches no {kernel} of {rows} rows with {spec}")
+
+
+def compile_case(case: Case, target: str) -> Row:
     """Compile one kernel; a compiler's refusal becomes a row with ok = False."""
-    capability = int(target[3:]) if target.startswith("sm_") else 80
-    dtype = "bf16" if capability >= 80 else "fp16"
-    # Only sm_80 and newer launch gemm; the others compile it as sm_80 would launch it, to know that they can.
-    how = plan(rows, _SHAPE, max(capability, 80) if kernel == "gemm" else capability)
-    assert how.kernel == kernel, (how, kernel)
     found: dict[str, Any]
     try:
-        compiled = triton.compile(_source(how, spec, dtype), target=_target(target), options=how.options)
+        compiled = triton.compile(_source(case), target=_target(target), options=dict(case.options))
         found = {"ok": True, "shared_bytes": int(compiled.metadata.shared), **_cost(compiled.asm)}
     except (RuntimeError, TritonError) as error:
         found = {"ok": False, "reason": _reason(error)}
-    return Row(kernel=kernel, rows=rows, family=spec.family, spec=str(spec), target=target, dtype=dtype, **found)
+    named = {name: getattr(case, name) for name in ("kernel", "rows", "family", "spec", "dtype")}
+    return Row(target=target, **named, **found)
 
 
 def regressions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -157,28 +186,25 @@ def _target(name: str) -> Any:
     return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, HIP[name])
 
 
-def _source(how: Plan, spec: Spec, dtype: str) -> Any:
-    """The kernel with the argument types and alignments of a launch: pointers, N and K divide by 16."""
-    fn = getattr(matmul, how.kernel)
-    pointers = _pointers(spec)
-    types: dict[str, Any] = {
-        "x": f"*{dtype}",
-        "y": "*fp32" if how.split > 1 else f"*{dtype}",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-    }
-    types["parts"] = Parts(*(p or "constexpr" for p in pointers))
-    constants: dict[Any, Any] = {"SPEC": spec, "TRIPLE": triple(spec.family), **how.tile}
-    signature = {name: types.get(name, "constexpr") for name in fn.arg_names}
+def _source(case: Case) -> Any:
+    """The kernel with the argument types and alignments of a launch."""
+    signature: dict[str, Any] = dict.fromkeys(case.fn.arg_names, "constexpr")
+    constants: dict[Any, Any] = dict(case.constants)
     attributes: dict[tuple[int, ...], Any] = {}
-    for i, name in enumerate(fn.arg_names):
-        if name == "parts":
-            constants.update({(i, j): None for j, p in enumerate(pointers) if p is None})
-            attributes.update({(i, j): [["tt.divisibility", 16]] for j, p in enumerate(pointers) if p})
-        elif name in ("x", "y", "N", "K"):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=attributes)
+    for i, parameter in enumerate(case.fn.params):
+        if parameter.name not in case.arguments:
+            continue
+        given = case.arguments[parameter.name]
+        nested = isinstance(given, tuple)
+        for j, kind in enumerate(given if nested else (given,)):
+            place = (i, j) if nested else (i,)
+            if kind is None:
+                constants[place if nested else parameter.name] = None
+            elif not parameter.do_not_specialize:
+                attributes[place] = [["tt.divisibility", 16]]
+        make = getattr(given, "_make", tuple)
+        signature[parameter.name] = make(k or "constexpr" for k in given) if nested else given or "constexpr"
+    return ASTSource(fn=case.fn, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _pointers(spec: Spec) -> Parts:
@@ -186,9 +212,9 @@ def _pointers(spec: Spec) -> Parts:
     level = spec.two_level
     return Parts(
         codes="*i32",
-        scales="*u8" if level else _POINTERS[spec.scale],
+        scales=None if spec.family == "trellis" else "*u8" if level else _POINTERS[spec.scale],
         zeros=_POINTERS.get(spec.zero.removeprefix("z")),
-        table="*fp32" if spec.family == "codebook" else None,
+        table=_POINTERS["f32" if spec.table in VALUES else "f16"] if spec.family == "codebook" else None,
         super_scales=_POINTERS[level[0]] if level else None,
         scale_table="*fp32" if level and spec.family == "codebook" else None,
         scale_offset="*fp32" if level and spec.family == "codebook" else None,

@@ -1,8 +1,9 @@
-"""Dense little-endian bit streams: codes of 1 to 8 bits in int32 words, any width, row by row.
+"""Dense little-endian bit streams: codes of 1 to 32 bits in int32 words, any width, row by row.
 
 Code c of a row occupies bits [c*bits, (c+1)*bits) of the row's stream, word 0 first, low bit first, so a code of 3, 5,
 6 or 7 bits may straddle two words. This is the order GPTQ (along K) and compressed-tensors use, and the in-memory form
-of every family: `codes` int32 [rows, ceil(columns*bits/32)].
+of every family but the trellis: `codes` int32 [rows, ceil(columns*bits/32)]. Codes of more than 8 bits are those of
+vectors (kernels/codebook.py).
 """
 
 import torch
@@ -18,11 +19,11 @@ def words(columns: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes integer [R, C], each in 0..2**bits-1 -> int32 [R, words(C, bits)]; unused high bits of the last word are
-    zero.
+    """codes integer [R, C], each in 0..2**bits-1 (32 bits: any int32) -> int32 [R, words(C, bits)]; unused high bits of
+    the last word are zero.
     """
     r, c = codes.shape
-    if 32 % bits == 0:
+    if bits in (1, 2, 4, 8):
         return _pack_aligned(codes, bits)
     out = torch.zeros(r, words(c, bits) + 1, dtype=torch.int64, device=codes.device)
     for lane in range(min(32, c)):
@@ -49,15 +50,16 @@ def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """int32 [R, words(columns, bits)] -> uint8 [R, columns]: the inverse of `pack`."""
-    if 32 % bits == 0:
+    """int32 [R, words(columns, bits)] -> [R, columns], uint8 up to 8 bits, else int32: the inverse of `pack`."""
+    if bits in (1, 2, 4, 8):
         # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
         lanes = packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
         if bits < 8:
             mask = (1 << bits) - 1
             lanes = torch.stack([(lanes >> (i * bits)) & mask for i in range(8 // bits)], -1).flatten(1)
         return lanes[:, :columns]
-    out = torch.empty(packed.shape[0], columns, dtype=torch.uint8, device=packed.device)
+    dtype = torch.uint8 if bits < 8 else torch.int32
+    out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
     for start in range(0, packed.shape[0], _ROWS):
         out[start : start + _ROWS] = _unpack_stream(packed[start : start + _ROWS], bits, columns)
     return out
@@ -73,5 +75,5 @@ def _unpack_stream(packed: Tensor, bits: int, columns: int) -> Tensor:
         value = stream[:, word : word + (groups - 1) * bits + 1 : bits] >> shift
         if shift + bits > 32:
             value = value | (stream[:, word + 1 : word + 2 + (groups - 1) * bits : bits] << (32 - shift))
-        lanes.append((value & ((1 << bits) - 1)).to(torch.uint8))
+        lanes.append((value & ((1 << bits) - 1)).to(torch.uint8 if bits < 8 else torch.int32))
     return torch.stack(lanes, -1).flatten(1)[:, :columns]

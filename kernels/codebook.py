@@ -1,7 +1,16 @@
-"""Codebook family: weight = table[code] * scale. NF4 and FP4 of bitsandbytes land here; vector codebooks later.
+"""Codebook family: weight = table[code] * scale. NF4 and FP4 of bitsandbytes, SqueezeLLM, AQLM land here.
 
-Rounding contract: table entry in float32, multiply by the float32 (effective) scale. The table travels with the
-tensor, so a checkpoint's own values win over the constants below.
+The table travels with the tensor, so a checkpoint's own values win over the constants below. Its shape, in float32,
+float16 or bfloat16:
+
+    [2**bits]               one value a code
+    [R, 2**bits]            the same, each output row its own (`rowtable`)
+    [books, 2**bits, vec]   a code stands for `vec` consecutive inputs; the vectors of all books are added
+
+The codes of one vector are stored side by side, book 0 lowest, so they are one code of bits * books bits to whatever
+packs, cuts or repacks them. Rounding contract: table entries to float32, added in the order of the books, multiplied
+by the float32 (effective) scale. Left out: choosing vectors or tables (a calibration method's work), tables of more
+than one output row (no known checkpoint has them).
 """
 
 from collections.abc import Mapping
@@ -9,10 +18,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .affine import stored
 from .families import Family, scale_dtype
 from .grid import Params, blocks, search
-from .spec import Spec
+from .spec import ROW_TABLE, Spec
 
 # QLoRA (arXiv 2305.14314) appendix E: quantiles of N(0, 1), each half holding zero, scaled to [-1, 1].
 NF4 = (
@@ -27,12 +37,32 @@ VALUES = {"nf4": NF4, "fp4": _FP4_HALF + tuple(-v for v in _FP4_HALF)}
 
 
 def table(spec: Spec) -> Tensor:
-    """float32 [2**bits] of a named table."""
+    """float32 [2**bits] of a named table. Raises UserError where the spec names none."""
+    if spec.table not in VALUES:
+        raise UserError(
+            f"{spec}: its table comes with a checkpoint, and nothing here chooses one; "
+            f"to quantize, name a table ({', '.join(VALUES)}) or take another family"
+        )
     return torch.tensor(VALUES[spec.table], dtype=torch.float32)
 
 
 def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    return parts["table"][codes.int()]
+    entries = parts["table"].float()
+    if spec.table == ROW_TABLE:
+        return entries.gather(1, codes.long())
+    if spec.vec == 1:
+        return entries[codes.int()]
+    return _vectors(spec, codes.int(), entries).flatten(1)
+
+
+def _vectors(spec: Spec, codes: Tensor, entries: Tensor) -> Tensor:
+    """codes int32 [R, C / vec], entries [books, 2**bits, vec] -> [R, C / vec, vec]."""
+    total = None
+    for book in range(spec.books):
+        found = entries[book][(codes >> (book * spec.bits)) & ((1 << spec.bits) - 1)]
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 def scale(values: Tensor, scales: Tensor, zero: Tensor | None) -> Tensor:

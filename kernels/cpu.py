@@ -2,6 +2,8 @@
 no other fast CPU path).
 
     weight                                   few rows                  many rows
+    groups of whole blocks of 32 inputs,
+      with the native library                native.py                 native.py
     affine 4 and 8 bits, whole groups        int4pack.py               int4pack.py
     affine 8 bits, one symmetric scale
       a row, int8 activations asked for      Int8Linear                Int8Linear
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import bits, int4pack, lut, probe
+from . import bits, int4pack, lut, native, probe
 from .families import scales
 from .pieces import pieces
 from .qtensor import QTensor, codes_of
@@ -144,6 +146,6 @@ def prepare_dense(weight: Tensor) -> DenseMatmul:
     return DenseMatmul("linear", weight)
 
 
-def prepare(q: QTensor) -> int4pack.Int4Pack | LookUp:
-    """The fastest product of `q` that does not change its activations."""
-    return int4pack.pack(q) or LookUp(q)
+def prepare(q: QTensor) -> native.NativeLinear | int4pack.Int4Pack | LookUp:
+    """The fastest product of `q`."""
+    return native.pack(q) if native.supports(q) else int4pack.pack(q) or LookUp(q)

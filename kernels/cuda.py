@@ -7,26 +7,29 @@
 
 Below sm_80 Triton's dot becomes plain multiply-adds while cuBLAS uses the tensor cores of Volta and Turing, hence the
 second column. bfloat16 arithmetic also starts at sm_80: on older GPUs the same model runs in float16 with float32
-accumulation, and the log says so. The thresholds and tile sizes are estimates checked only by compiling
-(results/aot.json), not yet by timing on a device.
+accumulation, and the log says so. The thresholds and tile sizes here are estimates checked only by compiling
+(results/aot.json); where a device was measured, its table decides instead (plans.py).
 
 With TRITON_INTERPRET=1 all of this runs on CPU tensors, which is how it is tested.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import matmul, repack
+from . import matmul, ops, repack
+from .cases import Case, Target, Weight
 from .lang import EXACT, need_triton
+from .plans import Plan, power_of_two, tuned
 from .qtensor import QTensor
 from .spec import Spec
-from .tiles import Triple
+from .tiles import Parts, Triple
+from .transform import apply_post, apply_pre
 
 log = logging.getLogger(__name__)
 
@@ -35,24 +38,6 @@ GEMM_ROWS = 64
 # Of the interpreter, and of a compilation with no device.
 _ASSUMED_CAPABILITY, _ASSUMED_PROCESSORS = 80, 108
 _SUM_BLOCK = 1024
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one product is computed. Set by `plan`, read by CudaMatmul and by the ahead-of-time compilation."""
-
-    # gemv | gemm | dequant
-    kernel: str
-    # Tile sizes, as the kernel's constexprs.
-    tile: dict[str, int]
-    num_warps: int
-    num_stages: int
-    # Programs that share one output tile, each with its part of K.
-    split: int = 1
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **EXACT}
 
 
 def plan(
@@ -64,13 +49,13 @@ def plan(
     """
     n, k = shape
     if rows <= GEMV_ROWS:
-        bm = _power_of_two(rows)
+        bm = power_of_two(rows)
         # acc [BM, BK, BN] lives in registers, 32 to 64 a thread. BM * BK >= 128, one input a thread: below
         # that Triton replaces the load of x by one broadcast load a number (BN 64, BK 64: 35 loads instead
         # of 4).
         tile, warps, stages = {"BM": bm, "BN": 32, "BK": 128 if bm == 1 else 64 if bm <= 4 else 32}, 4, 2
     elif rows <= GEMM_ROWS and capability >= 80:
-        tile, warps, stages = {"BM": max(16, _power_of_two(rows)), "BN": 64, "BK": 64}, 4, 3
+        tile, warps, stages = {"BM": max(16, power_of_two(rows)), "BN": 64, "BK": 64}, 4, 3
     else:
         return Plan("dequant", {"BN": 64, "BK": 64}, 4, 1)
     # Enough programs to fill the device four times over, unless partial sums (8 bytes each, written and read)
@@ -78,10 +63,6 @@ def plan(
     programs = -(-n // tile["BN"])
     split = max(1, min(4 * processors // programs, k // (128 * rows)))
     return Plan("gemv" if rows <= GEMV_ROWS else "gemm", tile, warps, stages, split)
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @cache
@@ -112,10 +93,10 @@ class CudaMatmul:
     def __init__(self, q: QTensor, dtype: torch.dtype) -> None:
         need_triton(f"running {q.spec} weights on a GPU")
         self.packed = repack.pack(q)
+        self._spec = str(self.packed.spec)
         self.extra = q.extra
         self.capability, self.processors = _device(q.parts["codes"].device)
         self.dtype = compute_dtype(dtype, self.capability)
-        self._perm = None if self.packed.perm is None else self.packed.perm.long()
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
@@ -124,52 +105,146 @@ class CudaMatmul:
     @property
     def nbytes(self) -> int:
         """Bytes of all parts held."""
-        return sum(t.nbytes for t in (*self.packed.parts, self.packed.perm) if t is not None)
+        return sum(t.nbytes for t in (*self.packed.parts, *self.packed.sides.values()) if t is not None)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the product is nothing but the packed weight's: no step on the input or the output, no padding."""
+        packed = self.packed
+        return packed.original == packed.original.without_steps() and packed.weight_shape == packed.shape
+
+    def rebase(self, parts: Parts) -> None:
+        """Hold `parts`, which say the same, instead: views of a larger buffer."""
+        self.packed = replace(self.packed, parts=parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., K], any float dtype and strides -> [..., N] in x's dtype."""
-        n, k = self.packed.shape
+        n, k = self.packed.weight_shape
         rows = x.reshape(-1, k).to(self.dtype)
-        if self._perm is not None:
-            rows = rows.index_select(1, self._perm)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], n)
-        chosen = plan(rows.shape[0], (n, k), self.capability, self.processors)
-        if chosen.kernel == "dequant":
-            y = torch.nn.functional.linear(rows, self.weight(self.dtype))
-        else:
-            y = self._multiply(rows.contiguous(), chosen)
-        return y.to(x.dtype).view(*x.shape[:-1], n)
+        steps, sides = self.packed.original, self.packed.sides
+        stored = self.packed.shape
+        rows = apply_pre(steps, sides, rows, stored[1]).contiguous()
+        y: Tensor = multiply(rows, list(self.packed.parts), self._spec, stored[0])
+        return apply_post(steps, sides, y, n).to(x.dtype).reshape(*x.shape[:-1], n)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The packed columns [N, K] (a permuted weight stays permuted), float32 values rounded once to `dtype`."""
-        n, k = self.packed.shape
-        out = torch.empty(n, k, dtype=dtype, device=self.packed.parts.codes.device)
-        how = plan(GEMM_ROWS + 1, (n, k))
-        grid = (-(-n // how.tile["BN"]), -(-k // how.tile["BK"]))
-        matmul.dequant[grid](self.packed.parts, out, n, k, *self._what(), **how.tile, **how.options)
-        return out
+        """The packed weight [N, K], without the steps around the product: float32 values rounded once to `dtype`."""
+        found: Tensor = dequantize(list(self.packed.parts), self._spec, *self.packed.shape, dtype)
+        return found
 
-    def _what(self) -> tuple[Spec, Triple]:
-        return self.packed.spec, triple(self.packed.spec.family)
 
-    def _multiply(self, x: Tensor, how: Plan) -> Tensor:
-        m, (n, k) = x.shape[0], self.packed.shape
-        y = torch.empty(m, n, dtype=self.dtype, device=x.device)
-        out = y if how.split == 1 else torch.empty(how.split, m, n, dtype=torch.float32, device=x.device)
-        grid: tuple[int, ...] = (-(-n // how.tile["BN"]), how.split, -(-m // how.tile["BM"]))
-        kernel = getattr(matmul, how.kernel)
-        kernel[grid](x, self.packed.parts, out, m, n, k, *self._what(), **how.tile, **how.options)
-        if how.split > 1:
-            matmul.split_sum[(-(-m * n // _SUM_BLOCK),)](
-                out, y, how.split, m * n, BLOCK=_SUM_BLOCK, num_warps=4, **EXACT
-            )
-        return y
+parse = cache(Spec.parse)
+
+
+@cache
+def chosen(spec: str, shape: tuple[int, int], rows: int, device: torch.device) -> Plan:
+    """The measured plan for `device` where there is one (plans.py), else `plan`'s; remembered."""
+    found = parse(spec)
+    measured = tuned(gpu_name(device), (found.family, found.bits, *shape), rows) if device.type == "cuda" else None
+    return measured or plan(rows, shape, *_device(device))
+
+
+def _multiply(x: Tensor, parts: list[Tensor | None], spec: str, n: int) -> Tensor:
+    m, k = x.shape
+    # Beyond that the number of rows changes nothing, and every one would be remembered.
+    how = chosen(spec, (n, k), m if m <= GEMM_ROWS else power_of_two(m), x.device)
+    if how.kernel == "dequant":
+        return torch.nn.functional.linear(x, decode(Parts(*parts), parse(spec), (n, k), x.dtype, how))
+    return launch(x, Parts(*parts), parse(spec), n, how)
+
+
+def launch(x: Tensor, parts: Parts, spec: Spec, n: int, how: Plan) -> Tensor:
+    """x [M, K] contiguous @ W.T -> [M, N] in x's dtype, by `how` (gemv or gemm)."""
+    m, k = x.shape
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = y if how.split == 1 else torch.empty(how.split, m, n, dtype=torch.float32, device=x.device)
+    grid: tuple[int, ...] = (-(-n // how.tile["BN"]), how.split, -(-m // how.tile["BM"]))
+    kernel = getattr(matmul, how.kernel)
+    kernel[grid](x, parts, out, m, n, k, spec, triple(spec.family), **how.tile, **how.options)
+    if how.split > 1:
+        matmul.split_sum[(-(-m * n // _SUM_BLOCK),)](out, y, how.split, m * n, BLOCK=_SUM_BLOCK, num_warps=4, **EXACT)
+    return y
+
+
+def decode(parts: Parts, spec: Spec, shape: tuple[int, int], dtype: torch.dtype, how: Plan) -> Tensor:
+    """The weight [N, K], float32 values rounded once, by `how` (dequant)."""
+    n, k = shape
+    out = torch.empty(n, k, dtype=dtype, device=parts.codes.device)
+    grid = (-(-n // how.tile["BN"]), -(-k // how.tile["BK"]))
+    matmul.dequant[grid](parts, out, n, k, spec, triple(spec.family), **how.tile, **how.options)
+    return out
+
+
+def _dequantize(parts: list[Tensor | None], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return decode(Parts(*parts), parse(spec), (n, k), dtype, plan(GEMM_ROWS + 1, (n, k)))
+
+
+def _multiply_fake(x: Tensor, parts: list[Tensor | None], spec: str, n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+def _dequantize_fake(parts: list[Tensor | None], spec: str, n: int, k: int, dtype: torch.dtype) -> Tensor:
+    assert parts[0] is not None
+    return parts[0].new_empty(n, k, dtype=dtype)
+
+
+# x [M, K] contiguous in the dtype products run in, parts a tiles.Parts in order -> [M, n].
+multiply = ops.define("matmul(Tensor x, Tensor?[] parts, str spec, int n) -> Tensor", _multiply, _multiply_fake)
+# -> [n, k]: the decoded weight, float32 values rounded once.
+dequantize = ops.define(
+    "dequant(Tensor?[] parts, str spec, int n, int k, ScalarType dtype) -> Tensor", _dequantize, _dequantize_fake
+)
+
+
+@cache
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor; 80 for the interpreter."""
+    return _device(device)[0]
+
+
+@cache
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a device; 108 for the interpreter."""
+    return _device(device)[1]
 
 
 def _device(device: torch.device) -> tuple[int, int]:
     """(capability, multiprocessors) of a device."""
     if device.type != "cuda":
         return _ASSUMED_CAPABILITY, _ASSUMED_PROCESSORS
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if torch.version.hip:
+        # Their numbers are others (gfx942 says 9.4); all that are supported have matrix cores and bfloat16.
+        return _ASSUMED_CAPABILITY, processors
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count
+    return 10 * major + minor, processors
+
+
+@cache
+def gpu_name(device: torch.device) -> str:
+    """What torch calls it: "NVIDIA H200"."""
+    return torch.cuda.get_device_name(device)
+
+
+# (kernel, rows of x): gemv once per size of its accumulator.
+KERNELS = (("gemv", 1), ("gemv", 8), ("gemm", 16), ("dequant", 128))
+
+
+def aot_cases(target: Target, weights: Sequence[Weight], shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
+    """Every template and weight. Only sm_80 and newer launch gemm; the others compile it as sm_80 would launch it, to
+    know that they can."""
+    for weight in weights:
+        for kernel, rows in KERNELS:
+            how = plan(rows, shape, max(target.capability, 80) if kernel == "gemm" else target.capability)
+            assert how.kernel == kernel, (how, kernel)
+            arguments = {
+                "x": f"*{target.dtype}",
+                "parts": weight.pointers,
+                "y": "*fp32" if how.split > 1 else f"*{target.dtype}",
+                **dict.fromkeys("MNK", "i32"),
+            }
+            constants = {"SPEC": weight.spec, "TRIPLE": triple(weight.spec.family), **how.tile}
+            fn, spec = getattr(matmul, kernel), weight.spec
+            yield Case(kernel, rows, str(spec), spec.family, fn, arguments, constants, how.options, target.dtype)

@@ -13,6 +13,7 @@ equals saving before, and nothing is kept twice.
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import cpu
-from .qtensor import QTensor
-from .spec import ACTS
+from . import activation, cpu
+from .qtensor import QTensor, core, core_shape, with_steps
+from .spec import ACTS, Spec
+from .transform import apply_post, apply_pre, sides
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +87,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Shaped:
-    """Makes a Matmul of a Core: any leading shape, strides and dtype; act-order permutation of the input."""
+    """Makes a Matmul of a Core: any leading shape, strides and dtype; the steps around the product."""
 
     core: Core
+    spec: Spec
     # (out_features N, in_features K)
     shape: tuple[int, int]
-    perm: Tensor | None
+    # in_scale, perm, out_scale
+    sides: Mapping[str, Tensor]
 
     @property
     def name(self) -> str:
@@ -98,25 +102,29 @@ class Shaped:
 
     @property
     def nbytes(self) -> int:
-        return self.core.nbytes
+        return self.core.nbytes + sum(t.nbytes for t in self.sides.values())
 
     def __call__(self, x: Tensor) -> Tensor:
         n, k = self.shape
         rows = x.reshape(-1, k).to(torch.bfloat16)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], n)
-        rows = rows.contiguous() if self.perm is None else rows.index_select(1, self.perm)
-        return self.core(rows).to(x.dtype).view(*x.shape[:-1], n)
+        rows = apply_pre(self.spec, self.sides, rows, core_shape(self.spec, self.shape)[1])
+        y = self.core(rows.contiguous())
+        return apply_post(self.spec, self.sides, y, n).to(x.dtype).reshape(*x.shape[:-1], n)
 
     def qtensor(self) -> QTensor:
-        return self.core.qtensor()
+        return with_steps(self.core.qtensor(), self.spec, self.shape, self.sides)
 
 
 @dataclass(frozen=True)
 class RoundedInput:
-    """int8 activations by arithmetic: each token is rounded to its 255 steps, then any Matmul follows."""
+    """8-bit activations by arithmetic: each token is rounded to what activation.py says goes with the weight, then any
+    Matmul follows."""
 
     inner: Matmul
+    # Of the weight.
+    spec: Spec
 
     @property
     def name(self) -> str:
@@ -127,9 +135,7 @@ class RoundedInput:
         return self.inner.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        step = cpu.activation_step(wide)
-        return self.inner(((wide / step).round_() * step).to(x.dtype))
+        return self.inner(activation.rounded(x, self.spec))
 
     def qtensor(self) -> QTensor:
         return self.inner.qtensor()
@@ -146,36 +152,55 @@ def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "
     if act not in ACTS:
         raise UserError(f"activation quantization is {act!r}; accepted: a8 (int8 per token), or leave it out")
     path = "reference" if exact else _path(q, dtype)
-    if path == "cpu" and act and (found := cpu.int8_linear(q)):
+    inner = core(q)
+    if path == "cpu" and act and (found := cpu.int8_linear(inner)):
         return _shaped(found, q)
     if path == "cpu":
-        product: Matmul = _shaped(cpu.prepare(q), q)
+        product: Matmul = _shaped(cpu.prepare(inner), q)
+    elif path == "triton" and act and (native := _native(q, dtype)):
+        return native
     elif path == "triton":
         product = _triton(q, dtype)
     else:
         product = Reference(q)
-    return RoundedInput(product) if act else product
+    return RoundedInput(product, q.spec) if act else product
 
 
 def _path(q: QTensor, dtype: torch.dtype) -> str:
     device = q.parts["codes"].device.type
-    forced = os.environ.get("BITSMITH_KERNELS", "")
-    if not forced:
+    path = forced()
+    if not path:
         return "reference" if dtype is torch.float32 else "triton" if device == "cuda" else "cpu"
-    if forced not in PATHS:
-        raise UserError(
-            f"BITSMITH_KERNELS is {forced!r}; accepted: {', '.join(PATHS)}, or unset to choose by device and dtype"
-        )
-    if forced == "cpu" and device != "cpu":
+    if path == "cpu" and device != "cpu":
         raise UserError(
             f"BITSMITH_KERNELS is 'cpu' but the weights are on {device}; load with device='cpu' or unset it"
         )
-    return forced
+    return path
 
 
-def _shaped(core: Core, q: QTensor) -> Shaped:
-    perm = q.parts["perm"] if "perm" in q.spec.pre else None
-    return Shaped(core, q.shape, perm)
+def forced() -> str:
+    """The path that BITSMITH_KERNELS asks for, "" if none. UserError if there is no such path."""
+    path = os.environ.get("BITSMITH_KERNELS", "")
+    if path and path not in PATHS:
+        raise UserError(
+            f"BITSMITH_KERNELS is {path!r}; accepted: {', '.join(PATHS)}, or unset to choose by device and dtype"
+        )
+    return path
+
+
+def _shaped(product: Core, q: QTensor) -> Shaped:
+    return Shaped(product, q.spec, q.shape, sides(q.parts))
+
+
+def _native(q: QTensor, dtype: torch.dtype) -> Matmul | None:
+    """The product in 8-bit tensor cores, or None where the GPU or the layout has none."""
+    from . import cuda, scaled
+
+    capability = cuda.capability_of(q.parts["codes"].device)
+    if problem := scaled.problem(q, capability):
+        log.info("%s: %s; activations are rounded and weights decoded", q.spec, problem)
+        return None
+    return scaled.prepare(q, cuda.compute_dtype(dtype, capability))
 
 
 def _triton(q: QTensor, dtype: torch.dtype) -> Matmul:

@@ -24,12 +24,17 @@ from .spec import Spec
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
 
+def stream(spec: Spec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Codes [R, ceil(C / vec)] of a dense bit stream a row: uint8 up to 8 bits, else int32."""
+    return bits.unpack(parts["codes"], spec.width, -(-shape[1] // spec.vec))
+
+
 @dataclass(frozen=True)
 class Family:
     """Runtime half of a family. All tensors on the device of the parts."""
 
     name: str
-    # (spec, codes uint8 [R, C], parts) -> float32 [R, C]
+    # (spec, codes as `unpack` gives them, parts) -> float32 [R, C], or up to whole vectors more
     value: Callable[[Spec, Tensor, Mapping[str, Tensor]], Tensor]
     # (spec, values float32 [R, C], scale [R, C], zero [R, C] or None) -> float32 [R, C]
     scale: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -40,13 +45,20 @@ class Family:
     tile: int
     # CUDA capability below which the device templates do not run (10 * major + minor).
     min_capability: int
+    # (spec, parts, [R, C]) -> codes
+    unpack: Callable[[Spec, Mapping[str, Tensor], tuple[int, int]], Tensor] = stream
+    # (rows, inputs) of one slice codes[i, j] where the family keeps codes in tiles [R / rows, C / inputs, words], which
+    # devices read as they are; None: a bit stream a row.
+    code_tile: tuple[int, int] | None = None
 
     def decode(self, spec: Spec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """parts -> float32 [R, C], `shape` being that of the grouped matrix."""
-        codes = bits.unpack(parts["codes"], spec.bits, shape[1])
+        values = self.value(spec, self.unpack(spec, parts, shape), parts)[:, : shape[1]]
+        if "scales" not in parts:
+            return values
         scale = spread(scales(spec, parts), spec, shape)
         zero = spread(parts["zeros"].float(), spec, shape) if "zeros" in parts else None
-        return self.scale(self.value(spec, codes, parts), scale, zero if zero is not None else self._fixed(spec, scale))
+        return self.scale(values, scale, zero if zero is not None else self._fixed(spec, scale))
 
     def _fixed(self, spec: Spec, like: Tensor) -> Tensor | None:
         zero = self.fixed_zero(spec)

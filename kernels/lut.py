@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from .families import family, scales, spread
 from .qtensor import QTensor, from_matrix, matrix_shape
-from .spec import Spec
+from .spec import ROW_TABLE, Spec
 
 # bits -> (bits of a field, codes in it)
 _FIELDS = {1: (4, 4), 2: (8, 4), 3: (12, 4), 4: (16, 4), 5: (10, 2), 6: (12, 2), 7: (14, 2), 8: (16, 2)}
@@ -36,7 +36,7 @@ _PER_CODE = ("affine", "minifloat", "codebook")
 
 
 def supports(spec: Spec) -> bool:
-    return spec.family in _PER_CODE
+    return spec.family in _PER_CODE and spec.bits in _FIELDS and spec.vec == 1 and spec.table != ROW_TABLE
 
 
 def decode(q: QTensor) -> Tensor:

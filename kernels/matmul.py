@@ -10,8 +10,8 @@ M, N and K are masked, so any positive size runs; BK is a multiple of 32, and gr
 it, or neither. Decoding is float32 in the order the family's torch twin states. `gemm` rounds the tile once to x's
 dtype for the dot, `gemv` keeps it in float32; both accumulate in float32, and the order of the sum depends only on
 shapes and tile sizes: no atomics, so a run repeats bit for bit. `dequant` writes what the twin writes. M is not
-specialized on, so a batch that grows by a row compiles nothing. Left out: grouped (experts), native low-precision
-dots, autotuning.
+specialized on, so a batch that grows by a row compiles nothing. Experts are in grouped.py, native low-precision dots
+in scaled.py.
 """
 
 from .lang import jit, tl
@@ -25,7 +25,7 @@ def decode(parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr, TRIPLE: tl
 
 
 @jit
-def _share(K, BK: tl.constexpr, axis: tl.constexpr):
+def share(K, BK: tl.constexpr, axis: tl.constexpr):
     """First and past-the-last tile of K for this program's share of the split along grid `axis`."""
     steps = tl.cdiv(K, BK)
     share = tl.cdiv(steps, tl.num_programs(axis))
@@ -33,28 +33,48 @@ def _share(K, BK: tl.constexpr, axis: tl.constexpr):
     return first, tl.minimum(first + share, steps)
 
 
+@jit
+def accumulate(
+    x, rows, inside, parts, first, last, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr, TRIPLE: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """float32 [BM, BN]: rows `rows` of x (where `inside`) @ W[:, rn], over the tiles first .. last - 1 of K.
+
+    DOT: decode a tile, then `tl.dot`; float32 as float32, not TF32. Otherwise plain multiply-adds for few rows: no
+    tensor core and no padding to 16 rows; products stay spread over the tile until the end, one reduction per program
+    instead of one per step.
+    """
+    if DOT:
+        acc = tl.zeros((rows.shape[0], rn.shape[0]), tl.float32)
+    else:
+        acc = tl.zeros((rows.shape[0], BK, rn.shape[0]), tl.float32)
+    for step in range(first, last):
+        rk = step * BK + tl.arange(0, BK)
+        a = tl.load(x + rows[:, None] * K + rk[None, :], mask=inside[:, None] & (rk < K)[None, :], other=0)
+        w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
+        if DOT:
+            acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+        else:
+            wide = tl.broadcast_to(a.to(tl.float32)[:, :, None], acc.shape)
+            acc = tl.fma(wide, tl.broadcast_to(w[None], acc.shape), acc)
+    if DOT:
+        return acc
+    else:
+        return tl.sum(acc, 1)
+
+
 @jit(do_not_specialize=["M"])
 def gemv(
     x, parts, y, M, N, K,
     SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Few rows, M <= BM: no dot, so no tensor core and no padding to 16 rows. Grid (ceil(N / BN), S).
-
-    Products stay spread over the tile until the end: one reduction per program instead of one per step.
-    """
+    """Few rows, M <= BM. Grid (ceil(N / BN), S)."""
     rm = tl.arange(0, BM)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    first, last = _share(K, BK, 1)
-    acc = tl.zeros((BM, BK, BN), tl.float32)
-    for step in range(first, last):
-        rk = step * BK + tl.arange(0, BK)
-        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0)
-        w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
-        acc = tl.fma(
-            tl.broadcast_to(a.to(tl.float32)[:, :, None], (BM, BK, BN)), tl.broadcast_to(w[None], (BM, BK, BN)), acc
-        )
+    first, last = share(K, BK, 1)
+    acc = accumulate(x, rm, rm < M, parts, first, last, rn, N, K, BK, SPEC, TRIPLE, False)
     out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
-    tl.store(out, tl.sum(acc, 1).to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 
 
 @jit(do_not_specialize=["M"])
@@ -62,16 +82,11 @@ def gemm(
     x, parts, y, M, N, K,
     SPEC: tl.constexpr, TRIPLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Decode a tile, then `tl.dot`; float32 as float32, not TF32. Grid (ceil(N / BN), S, ceil(M / BM))."""
+    """Grid (ceil(N / BN), S, ceil(M / BM))."""
     rm = tl.program_id(2) * BM + tl.arange(0, BM)
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    first, last = _share(K, BK, 1)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for step in range(first, last):
-        rk = step * BK + tl.arange(0, BK)
-        a = tl.load(x + rm[:, None] * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0)
-        w = decode(parts, step * BK, rn, N, K, BK, SPEC, TRIPLE)
-        acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+    first, last = share(K, BK, 1)
+    acc = accumulate(x, rm, rm < M, parts, first, last, rn, N, K, BK, SPEC, TRIPLE, True)
     out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
     tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .families import scales
-from .qtensor import QTensor
+from .qtensor import QTensor, row_tile, whole_words
 
 
 def straighten(q: QTensor) -> QTensor:
     """The same weight with `view` "" where a flat view holds whole groups and whole words per row; else `q` itself."""
     spec = q.spec
-    if spec.view != "flat" or q.shape[1] % spec.group or spec.group * spec.bits % 32:
+    if spec.view != "flat" or q.shape[1] % spec.group or not whole_words(spec, spec.group):
         return q
     parts = dict(q.parts)
     for name in ("codes", "scales", "zeros"):
@@ -38,7 +38,7 @@ def pieces(q: QTensor, elements: int) -> Iterator[tuple[int, int, QTensor]]:
     """(start, stop, rows start..stop of q) covering all output rows, about `elements` weights at a time."""
     q = flat_scales(straighten(q))
     n, k = q.shape
-    tile = max(1, q.spec.rows)
+    tile = row_tile(q.spec)
     step = n if q.spec.view else max(tile, elements // k // tile * tile)
     for start in range(0, n, step):
         stop = min(start + step, n)

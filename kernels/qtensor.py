@@ -3,26 +3,31 @@
 The weight [N, K] is seen as a matrix [R, C] (`Spec.view`; almost always the weight itself) whose rows are cut into
 groups of `Spec.group` columns. Parts are named tensors:
 
-    codes   int32 [R, words(C, bits)] dense bit stream (kernels/bits.py)
-    scales  [R / rows, C / group] in the dtype the spec names (rounded up where they do not divide)
+    codes   int32 [R, words(ceil(C / vec), bits * books)] dense bit stream (kernels/bits.py); trellis: tiles
+            [R / 16, C / 16, 8 * bits] (kernels/trellis.py)
+    scales  [R / rows, C / group] in the dtype the spec names (rounded up where they do not divide); trellis: none
     zeros   like scales: uint8 for `asym`, float for `zf*`; absent for `sym` and `none`
-    table   float32 [2**bits] (codebook)
+    table   codebook.py gives its shapes
     super_scales, scale_table, scale_offset   the second level of a two-level scale
-    perm    int32 [K]: input feature held by packed column j (`pre` = perm)
+    in_scale float [K], perm int32 [K] (input feature held by packed column j), out_scale float [N]
+            what `pre` and `post` need (kernels/transform.py); K and N are those of the matrix: a Hadamard transform
+            takes whole blocks, so its weight is padded to them
 
 No torch.Tensor subclass: functions take a QTensor, a module holds its parts as buffers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from . import bits
+from ..errors import UserError
+from . import bits, transform
 from .families import family
 from .grid import Params
-from .spec import Spec
+from .spec import ROW_TABLE, Spec
 
 
 @dataclass(frozen=True)
@@ -37,12 +42,12 @@ class QTensor:
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The exact reference: [N, K], computed in float32 and rounded once to `dtype`."""
-        matrix = family(self.spec).decode(self.spec, self.parts, matrix_shape(self.spec, self.shape)).to(dtype)
-        weight = from_matrix(matrix, self.spec, self.shape)
-        if "perm" in self.spec.pre:
-            weight = weight[:, torch.argsort(self.parts["perm"])]
-        return weight
+        """The exact reference: [N, K], computed in float32 and rounded once to `dtype`; steps around the product are
+        folded in, so that it is the weight of the plain x @ W.T."""
+        matrix = family(self.spec).decode(self.spec, self.parts, matrix_shape(self.spec, self.shape))
+        if not self.spec.post and self.spec.pre in ((), ("perm",)):
+            matrix = matrix.to(dtype)
+        return transform.fold(self.spec, self.parts, from_matrix(matrix, self.spec, self.shape), self.shape).to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -58,24 +63,25 @@ class QTensor:
         return replace(self, parts={k: t.to(device) for k, t in self.parts.items()})
 
     def rows(self, start: int, stop: int) -> "QTensor":
-        """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or the view hides the
-        rows."""
-        tile = self.spec.rows
+        """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or codes or a Hadamard
+        block, or the view hides the rows."""
+        tile = row_tile(self.spec)
         if tile > 1 and (start % tile or (stop % tile and stop != self.shape[0])):
             raise ValueError(f"{self.spec}: rows {start}..{stop} of {self.shape[0]} cut a tile of {tile} rows")
         if self.spec.view or self.spec.two_level:
             raise ValueError(f"{self.spec}: rows are not independent, so it cannot be cut by rows")
+        end = -(-stop // tile) * tile
         cut = dict(self.parts)
-        cut["codes"] = cut["codes"][start:stop]
-        for name in ("scales", "zeros"):
-            if name in cut and tile != -1:
-                cut[name] = cut[name][start // tile : -(-stop // tile)]
+        for name, unit in _row_parts(self.spec).items():
+            if name in cut:
+                cut[name] = cut[name][start // unit : -(-end // unit)]
         return QTensor(self.spec, (stop - start, self.shape[1]), cut)
 
     def shard(self, dim: int, rank: int, world: int) -> "QTensor":
         """Part `rank` of `world` equal parts along output rows (dim 0) or inputs (dim 1).
 
-        Raises ValueError where the dimension does not divide, or a cut of the inputs would split a group or a word.
+        Raises ValueError where the dimension does not divide, or a cut of the inputs would split a group, a word, a
+        tile of codes or a Hadamard block.
         """
         size, left = divmod(self.shape[dim], world)
         if left:
@@ -83,18 +89,39 @@ class QTensor:
         if dim == 0:
             return self.rows(rank * size, (rank + 1) * size)
         _need_rows(self.spec)
-        if self.spec.pre or self.spec.group < 1 or size % self.spec.group or size * self.spec.bits % 32:
+        spec, tile = self.spec, family(self.spec).code_tile
+        whole = math.lcm(spec.in_block, max(1, spec.group), tile[1] if tile else 1)
+        if "perm" in spec.pre or size % whole or not (tile or whole_words(spec, size)):
             raise ValueError(f"{self.spec}: {self.shape[1]} inputs cannot be cut into {world} whole groups and words")
-        word, group = size * self.spec.bits // 32, size // self.spec.group
         cut = dict(self.parts)
-        cut["codes"] = cut["codes"][:, rank * word : (rank + 1) * word].contiguous()
-        for name in ("scales", "zeros"):
+        lengths = {"codes": size // tile[1] if tile else size // spec.vec * spec.width // 32, "in_scale": size}
+        if spec.group != -1:
+            lengths |= dict.fromkeys(("scales", "zeros"), size // spec.group)
+        for name, length in lengths.items():
             if name in cut:
-                cut[name] = cut[name][:, rank * group : (rank + 1) * group].contiguous()
+                axis = 0 if name == "in_scale" else 1
+                cut[name] = cut[name].narrow(axis, rank * length, length).contiguous()
         return QTensor(self.spec, (self.shape[0], size), cut)
 
 
-_ROW_PARTS = ("codes", "scales", "zeros")
+def _row_parts(spec: Spec) -> dict[str, int]:
+    """Parts that are cut and stacked by output rows -> rows that share an entry of their first dimension."""
+    tile = family(spec).code_tile
+    found = {"codes": tile[0] if tile else 1, "out_scale": 1}
+    if spec.rows != -1:
+        found |= dict.fromkeys(("scales", "zeros"), spec.rows)
+    return found | ({"table": 1} if spec.table == ROW_TABLE else {})
+
+
+def row_tile(spec: Spec) -> int:
+    """Output rows that can only be cut together."""
+    tile = family(spec).code_tile
+    return math.lcm(max(1, spec.rows), spec.out_block, tile[0] if tile else 1)
+
+
+def whole_words(spec: Spec, columns: int) -> bool:
+    """Whether `columns` inputs take a whole number of words of the bit stream."""
+    return columns % spec.vec == 0 and columns // spec.vec * spec.width % 32 == 0
 
 
 def _need_rows(spec: Spec) -> None:
@@ -107,7 +134,9 @@ def can_concat(tensors: Sequence[QTensor]) -> bool:
     first = tensors[0]
     if first.spec.rows != 1 or first.spec.view or first.spec.two_level:
         return False
-    shared = [k for k in first.parts if k not in _ROW_PARTS]
+    if any(t.shape[0] % row_tile(first.spec) for t in tensors):
+        return False
+    shared = [k for k in first.parts if k not in _row_parts(first.spec)]
     return all(
         t.spec == first.spec
         and t.shape[1] == first.shape[1]
@@ -122,19 +151,23 @@ def concat(tensors: Sequence[QTensor]) -> QTensor:
     if not can_concat(tensors):
         raise ValueError("cannot stack " + ", ".join(f"{t.spec} {t.shape}" for t in tensors))
     first = tensors[0]
-    parts = {k: torch.cat([t.parts[k] for t in tensors]) if k in _ROW_PARTS else v for k, v in first.parts.items()}
+    rows = _row_parts(first.spec)
+    parts = {k: torch.cat([t.parts[k] for t in tensors]) if k in rows else v for k, v in first.parts.items()}
     return QTensor(first.spec, (sum(t.shape[0] for t in tensors), first.shape[1]), parts)
 
 
 def matrix_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:
-    """[R, C] of the grouped matrix for a weight of `shape`."""
+    """[R, C] of the grouped matrix for a weight of `shape`: whole tiles of codes, whole Hadamard blocks."""
     if not spec.view:
-        return shape
+        tile = family(spec).code_tile or (1, 1)
+        units = math.lcm(spec.out_block, tile[0]), math.lcm(spec.in_block, tile[1])
+        return -(-shape[0] // units[0]) * units[0], -(-shape[1] // units[1]) * units[1]
     return -(-shape[0] * shape[1] // spec.group), spec.group
 
 
 def to_matrix(weight: Tensor, spec: Spec) -> Tensor:
-    """Weight [N, K] -> grouped matrix [R, C]; a flat view is zero-padded to whole groups."""
+    """Weight [N, K] -> grouped matrix [R, C]; a flat view is zero-padded to whole groups. Steps around the product are
+    the caller's business."""
     if not spec.view:
         return weight
     r, c = matrix_shape(spec, (weight.shape[0], weight.shape[1]))
@@ -154,13 +187,37 @@ def from_matrix(matrix: Tensor, spec: Spec, shape: tuple[int, int]) -> Tensor:
 
 
 def build(codes: Tensor, params: Params, spec: Spec, shape: tuple[int, int], perm: Tensor | None = None) -> QTensor:
-    """uint8 codes [R, C] of the grouped matrix and the params they were chosen with (not spread) -> QTensor."""
-    parts = {"codes": bits.pack(codes, spec.bits), **family(spec).grid.parts(spec, params)}
+    """Codes [R, C] of the grouped matrix and the params they were chosen with (not spread) -> QTensor.
+
+    Raises UserError for a spec with steps around the product other than `perm`: no method here chooses their vectors.
+    """
+    if spec.post or spec.pre not in ((), ("perm",)):
+        raise UserError(
+            f"{spec}: weights are not quantized onto transformed inputs or outputs yet, only read; "
+            f"use {replace(spec, pre=(), post=())}"
+        )
+    parts = {"codes": bits.pack(codes, spec.width), **family(spec).grid.parts(spec, params)}
     if perm is not None:
         parts["perm"] = perm.to(torch.int32)
     return QTensor(spec, shape, parts)
 
 
 def codes_of(q: QTensor) -> Tensor:
-    """uint8 [R, C]: the unpacked codes of the grouped matrix."""
-    return bits.unpack(q.parts["codes"], q.spec.bits, matrix_shape(q.spec, q.shape)[1])
+    """The unpacked codes of the grouped matrix: uint8 [R, C], or int32 where they have more than 8 bits."""
+    return family(q.spec).unpack(q.spec, q.parts, matrix_shape(q.spec, q.shape))
+
+
+def core(q: QTensor) -> QTensor:
+    """What is between the steps of `q`: the weight of the packed columns, whole Hadamard blocks of it."""
+    parts = {name: t for name, t in q.parts.items() if name not in transform.PARTS}
+    return QTensor(q.spec.without_steps(), core_shape(q.spec, q.shape), parts, q.extra)
+
+
+def core_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:
+    """(N, K) of `core`, padding included."""
+    return shape if spec.view else matrix_shape(spec, shape)
+
+
+def with_steps(inner: QTensor, spec: Spec, shape: tuple[int, int], sides: Mapping[str, Tensor]) -> QTensor:
+    """The inverse of `core`: `sides` are transform.sides(q.parts)."""
+    return QTensor(spec, shape, {**inner.parts, **sides}, inner.extra)

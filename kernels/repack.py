@@ -2,11 +2,11 @@
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
 device. Bytes stay what they were, but for K padded to a multiple of 32. Nothing is expanded: a scale shared by 128
-rows is stored once.
+rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from torch import Tensor
 from . import bits
 from .families import family
 from .lang import HAVE_TRITON, INSTALL
-from .qtensor import QTensor
+from .qtensor import QTensor, core, matrix_shape, whole_words, with_steps
 from .spec import Spec
-from .tiles import Parts, widths
+from .tiles import Parts, plane_rows, widths
+from .transform import sides
 
 _METADATA = ("scales", "zeros")
 
@@ -25,15 +26,17 @@ _METADATA = ("scales", "zeros")
 class Packed:
     """A weight in the device layout. Made by `pack`."""
 
-    # Of the tensor it was made from, and that spec with `view`, `pre` and `act` cleared: what the kernels are
+    # Of the tensor it was made from, and that spec with `view`, `pre`, `post` and `act` cleared: what the kernels are
     # compiled for.
     original: Spec
     spec: Spec
-    # (out_features N, in_features K)
+    # (out_features, in_features) of the tensor it was made from, and (N, K) of the packed weight: whole tiles of codes
+    # and whole Hadamard blocks.
+    weight_shape: tuple[int, int]
     shape: tuple[int, int]
     parts: Parts
-    # int32 [K] or None: input feature of packed column j.
-    perm: Tensor | None
+    # in_scale, perm, out_scale: what the steps around the product need.
+    sides: Mapping[str, Tensor]
 
 
 def supported(q: QTensor) -> str:
@@ -44,13 +47,9 @@ def supported(q: QTensor) -> str:
 def layout_problem(q: QTensor) -> str:
     """Why the device layout cannot hold `q`, or ""."""
     spec = q.spec
-    if find_spec(f".{spec.family}_device", __package__) is None:
-        return f"{spec}: no device code for the {spec.family} family yet"
-    if spec.act:
-        return f"{spec}: activations are quantized too, which needs the native low-precision dot"
     if spec.view == "axis0":
         return f"{spec}: groups along axis 0 give each input its own scale, so a tile has as many scales as weights"
-    if spec.view == "flat" and (q.shape[1] % spec.group or spec.group * spec.bits % 32):
+    if spec.view == "flat" and (q.shape[1] % spec.group or not whole_words(spec, spec.group)):
         return f"{spec}: rows of {q.shape[1]} are not whole groups, so groups straddle rows"
     return ""
 
@@ -69,17 +68,18 @@ def _machine_problem(q: QTensor) -> str:
 def pack(q: QTensor) -> Packed:
     """The device form of `q`, on its device; `layout_problem(q)` must be empty."""
     assert not layout_problem(q), layout_problem(q)
-    spec = replace(q.spec, view="", pre=())
-    n, k = q.shape
-    parts = dict(q.parts)
-    perm = parts.pop("perm", None)
+    inner = core(q)
+    spec = replace(inner.spec, view="")
+    n, k = inner.shape
+    parts = dict(inner.parts)
     for name in _METADATA:
         if name in parts:
             # A flat view of whole groups is the plain one: row r of [N * K / group, 1] is group r % G of output r // G.
             found = parts[name].reshape(n, -1) if q.spec.view == "flat" else parts[name]
             parts[name] = found.T.contiguous()
-    parts["codes"] = _planes(parts["codes"].reshape(n, -1), spec.bits, k)
-    return Packed(q.spec, spec, q.shape, Parts(**parts), perm)
+    if family(spec).code_tile is None:
+        parts["codes"] = _planes(parts["codes"].reshape(n, -1), spec, k)
+    return Packed(q.spec, spec, q.shape, inner.shape, Parts(**parts), sides(q.parts))
 
 
 def unpack(packed: Packed) -> QTensor:
@@ -88,41 +88,44 @@ def unpack(packed: Packed) -> QTensor:
     for name in _METADATA:
         if name in parts:
             parts[name] = parts[name].T.contiguous()
-    parts["codes"] = _stream(parts["codes"], packed.spec.bits, packed.shape[1])
+    if family(packed.spec).code_tile is None:
+        parts["codes"] = _stream(parts["codes"], packed.spec, packed.shape[1])
     if packed.original.view == "flat":
-        rows = packed.shape[0] * packed.shape[1] // packed.original.group
+        rows = matrix_shape(packed.original, packed.shape)[0]
         parts = {name: t.reshape(rows, -1) if name in ("codes", *_METADATA) else t for name, t in parts.items()}
-    if packed.perm is not None:
-        parts["perm"] = packed.perm
-    return QTensor(packed.original, packed.shape, parts)
+    inner = QTensor(packed.original.without_steps(), packed.shape, parts)
+    return with_steps(inner, packed.original, packed.weight_shape, packed.sides)
 
 
-def _planes(stream: Tensor, width: int, k: int) -> Tensor:
-    """int32 [N, words(K)] bit stream -> int32 [width * ceil(K / 32), N] planes."""
+def _planes(stream: Tensor, spec: Spec, k: int) -> Tensor:
+    """int32 [N, words] bit stream -> int32 planes [rows, N] (tiles.py)."""
+    width, count = spec.width, -(-k // spec.vec)
     if 32 % width == 0:
         planes = [(stream, width)]
     else:
-        codes, planes, below = bits.unpack(stream, width, k), [], 0
+        codes, planes, below = bits.unpack(stream, width, count), [], 0
         for w in widths(width):
             planes.append((bits.pack((codes >> below) & ((1 << w) - 1), w), w))
             below += w
-    out = torch.zeros(width * -(-k // 32), stream.shape[0], dtype=torch.int32, device=stream.device)
+    rows = sum(plane_rows(k, w, spec.vec) for _, w in planes)
+    out = torch.zeros(rows, stream.shape[0], dtype=torch.int32, device=stream.device)
     row = 0
     for plane, w in planes:
         out[row : row + plane.shape[1]] = plane.T
-        row += w * -(-k // 32)
+        row += plane_rows(k, w, spec.vec)
     return out
 
 
-def _stream(planes: Tensor, width: int, k: int) -> Tensor:
+def _stream(planes: Tensor, spec: Spec, k: int) -> Tensor:
     """The inverse of `_planes`."""
+    width, count = spec.width, -(-k // spec.vec)
     if 32 % width == 0:
-        return planes[: bits.words(k, width)].T.contiguous()
-    codes = torch.zeros(planes.shape[1], k, dtype=torch.uint8, device=planes.device)
+        return planes[: bits.words(count, width)].T.contiguous()
+    codes = torch.zeros(planes.shape[1], count, dtype=torch.int32, device=planes.device)
     row = below = 0
     for w in widths(width):
-        plane = planes[row : row + bits.words(k, w)].T.contiguous()
-        codes |= bits.unpack(plane, w, k) << below
+        plane = planes[row : row + bits.words(count, w)].T.contiguous()
+        codes |= bits.unpack(plane, w, count).int() << below
         below += w
-        row += w * -(-k // 32)
+        row += plane_rows(k, w, spec.vec)
     return bits.pack(codes, width)

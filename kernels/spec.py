@@ -10,6 +10,10 @@ printed):
     affine4.g128.sym.perm        columns sorted by group before packing (GPTQ desc_act)
     minifloat8.e4m3.g128x128.f32 FP8, one f32 scale per 128 x 128 tile
     codebook4.nf4.g64.u8:f32:256 NF4, 8-bit block scales, one f32 super scale per 256 of them (double quantization)
+    codebook4.rowtable.channel   a table of 16 values for each output row (SqueezeLLM)
+    codebook8.v8.x2.channel      two 8-bit codes per 8 weights, each the row of a table; the rows are added (AQLM 2x8)
+    trellis3.mcg.inscale.had128.outhad128.outscale
+                                 EXL3: no scales of its own; vectors and Hadamard transforms on both sides
 """
 
 import re
@@ -17,14 +21,31 @@ from dataclasses import dataclass, fields, replace
 
 from ..errors import UserError
 
-FAMILIES = ("affine", "minifloat", "codebook", "trellis")
+# family -> the most bits a code has
+FAMILIES = {"affine": 8, "minifloat": 8, "codebook": 16, "trellis": 8}
 SCALES = ("f16", "bf16", "f32", "e8m0")
 ZEROS = ("none", "sym", "asym", "zf16", "zbf16", "zf32")
 VIEWS = ("", "flat", "axis0")
-PRES = ("perm",)
 ACTS = ("", "a8")
+VECS = (1, 2, 4, 8)
+# Steps around the product, each side in the order they are applied. kernels/transform.py says what they do.
+PRES = ("inscale", "perm", "had")
+POSTS = ("outhad", "outscale")
+# name -> (family, bits); the values themselves live with their family.
+TABLES = {"e4m3": ("minifloat", 8), "e5m2": ("minifloat", 8), "nf4": ("codebook", 4), "fp4": ("codebook", 4)}
+# Codebook: a table for every output row, of any width up to 8 bits.
+ROW_TABLE = "rowtable"
+# Trellis: the functions from a 16-bit state to a value, of any width.
+STATE_VALUES = ("3inst", "mcg", "mul1")
+# Bits of the codes of all books of one vector: what an int32 holds.
+_WIDEST = 32
+_BLOCKS = [1 << i for i in range(1, 16)]
 _TWO_LEVEL = re.compile(r"u8:(f16|f32):(\d+)")
 _GROUP = re.compile(r"g(?:(\d+|all)x)?(\d+|all)")
+_VEC = re.compile(r"v(\d+)")
+_BOOKS = re.compile(r"x(\d+)")
+_HEAD = re.compile(r"([a-z]+)(\d{1,2})")
+_HADAMARD = re.compile(r"(?:out)?had\d+")
 
 
 @dataclass(frozen=True)
@@ -41,28 +62,35 @@ class Spec:
     scale: str = "f16"
     # none | sym (fixed 2**(bits-1)) | asym (integer) | zf16, zbf16, zf32 (floating).
     zero: str = "none"
-    # Meaning of a code where it is not an integer: e4m3, e5m2 (minifloat), nf4, fp4 (codebook).
+    # Meaning of a code where it is not an integer: e4m3, e5m2 (minifloat); nf4, fp4, rowtable, or "" for one table
+    # that comes with the tensor (codebook); 3inst, mcg, mul1 (trellis).
     table: str = ""
     # How the weight is laid out as the [R, C] matrix whose rows are grouped:
     #   ""      the weight itself, [N, K]
     #   "flat"  consecutive elements of the row-major weight, [N*K/group, group]: groups may straddle rows
     #   "axis0" columns of weight.reshape(group, -1), transposed: [N*K/group, group] (HQQ axis 0)
     view: str = ""
-    # Steps applied to the input before the product, part names given: "perm".
+    # Steps applied to the input before the product, in the order of PRES: "inscale", "perm", "had128".
     pre: tuple[str, ...] = ()
     # Activation quantization: "" = none, "a8" = int8 per token.
     act: str = ""
+    # Consecutive inputs one code stands for (codebook).
+    vec: int = 1
+    # Tables whose entries are added, each with its own code (codebook).
+    books: int = 1
+    # Steps applied to the product, in the order of POSTS: "outhad128", "outscale".
+    post: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        problem = self._problem()
+        problem = self._problem() or self._step_problem()
         if problem:
             raise UserError(f"spec {self._text()!r}: {problem}")
 
     def _problem(self) -> str:
         if self.family not in FAMILIES:
             return f"unknown family {self.family!r}; accepted: {', '.join(FAMILIES)}"
-        if not 1 <= self.bits <= 8:
-            return f"bits is {self.bits}; accepted: 1 to 8"
+        if not 1 <= self.bits <= FAMILIES[self.family]:
+            return f"bits is {self.bits}; accepted: 1 to {FAMILIES[self.family]}"
         if self.group != -1 and self.group < 1:
             return f"group is {self.group}; accepted: -1 (whole row) or a positive number"
         if self.rows != -1 and self.rows < 1:
@@ -73,15 +101,46 @@ class Spec:
             return f"unknown zero point {self.zero!r}; accepted: {', '.join(ZEROS)}"
         if self.view not in VIEWS:
             return f"unknown view {self.view!r}; accepted: flat, axis0 or none"
-        if unknown := [p for p in self.pre if p not in PRES]:
-            return f"unknown input step {unknown[0]!r}; accepted: {', '.join(PRES)}"
         if self.act not in ACTS:
             return f"unknown activation quantization {self.act!r}; accepted: a8 or none"
-        tables = [name for name, kind in TABLES.items() if kind == (self.family, self.bits)]
-        if self.table not in (tables or [""]) and self.family != "trellis":
-            return (
-                f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(tables) or 'none'}"
-            )
+        return self._code_problem()
+
+    def _code_problem(self) -> str:
+        """What a code means: its table, its vector and its books."""
+        if self.vec not in VECS or self.books < 1:
+            return f"{self.books} codes for {self.vec} weights; accepted: v2, v4 or v8 weights and x2 or more codes"
+        if (self.vec > 1 and self.family != "codebook") or (self.books > 1 and self.vec == 1):
+            return "several weights a code (v8) are of the codebook family, several codes (x2) of such vectors"
+        if self.width > _WIDEST:
+            return f"{self.books} codes of {self.bits} bits for one vector; accepted: {_WIDEST} bits in all"
+        if self.family == "trellis" and (self.group, self.rows, self.scale, self.zero, self.view) != _UNSCALED:
+            return "a trellis has no groups, scales or zero points; accepted: its table, input and output steps"
+        if self.table == ROW_TABLE and (self.family != "codebook" or self.bits > 8 or self.vec > 1 or self.view):
+            return "a rowtable is one of 1 to 8 bits of the codebook family, one weight a code, with no view"
+        accepted = [name for name, kind in TABLES.items() if kind == (self.family, self.bits) and self.vec == 1]
+        if self.family == "codebook":
+            accepted += [ROW_TABLE, ""]
+        elif self.family == "trellis":
+            accepted += STATE_VALUES
+        if self.table not in (accepted or [""]):
+            names = [name for name in accepted if name]
+            return f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(names) or 'none'}"
+        return ""
+
+    def _step_problem(self) -> str:
+        for side, steps, known in (("input", self.pre, PRES), ("output", self.post, POSTS)):
+            names = ", ".join(f"{name}128" if name.endswith("had") else name for name in known)
+            for step in steps:
+                block = step.removeprefix(_kind(step))
+                if _kind(step) not in known or bool(block) != _kind(step).endswith("had"):
+                    return f"unknown {side} step {step!r}; accepted: {names}"
+                if block and int(block) not in _BLOCKS:
+                    return f"{step!r} has a block of {block}; accepted: a power of two from 2 to {_BLOCKS[-1]}"
+            places = [known.index(_kind(step)) for step in steps]
+            if places != sorted(set(places)):
+                return f"{side} steps are {', '.join(steps)}; accepted: each once, in the order {names}"
+        if self.view and (self.in_block, self.out_block) != (1, 1):
+            return f"a Hadamard transform around a {self.view} view; accepted: no view"
         return ""
 
     @property
@@ -90,9 +149,28 @@ class Spec:
         match = _TWO_LEVEL.fullmatch(self.scale)
         return (match[1], int(match[2])) if match else None
 
+    @property
+    def width(self) -> int:
+        """Bits of one stored code: those of all books of a vector together, book 0 lowest."""
+        return self.bits * self.books
+
+    @property
+    def in_block(self) -> int:
+        """Inputs are padded to a multiple of this: the block of the input Hadamard transform, or 1."""
+        return _block(self.pre)
+
+    @property
+    def out_block(self) -> int:
+        """Outputs are padded to a multiple of this: the block of the output Hadamard transform, or 1."""
+        return _block(self.post)
+
     def without_perm(self) -> "Spec":
         """The same storage with columns in their own order."""
         return replace(self, pre=tuple(p for p in self.pre if p != "perm"))
+
+    def without_steps(self) -> "Spec":
+        """The same storage with nothing around the product."""
+        return replace(self, pre=(), post=())
 
     def _text(self) -> str:
         group = "channel" if self.group == -1 else f"g{self.group}"
@@ -100,9 +178,12 @@ class Spec:
             rows = "all" if self.rows == -1 else str(self.rows)
             columns = "all" if self.group == -1 else str(self.group)
             group = "tensor" if (self.rows, self.group) == (-1, -1) else f"g{rows}x{columns}"
-        parts = [f"{self.family}{self.bits}", self.table, group]
+        elif self.family == "trellis" and self.group == -1:
+            group = ""
+        parts = [f"{self.family}{self.bits}", self.table]
+        parts += [f"v{self.vec}" if self.vec != 1 else "", f"x{self.books}" if self.books != 1 else "", group]
         parts += [self.zero if self.zero != "none" else "", self.scale if self.scale != "f16" else ""]
-        return ".".join(p for p in (*parts, self.view, *self.pre, self.act) if p)
+        return ".".join(p for p in (*parts, self.view, *self.pre, *self.post, self.act) if p)
 
     def __str__(self) -> str:
         return self._text()
@@ -111,22 +192,39 @@ class Spec:
     def parse(text: str) -> "Spec":
         """The inverse of `str(spec)`. Raises UserError naming the token it does not know."""
         head, *tokens = text.split(".")
-        match = re.fullmatch(r"([a-z]+)(\d)", head)
+        match = _HEAD.fullmatch(head)
         if not match:
             raise UserError(
-                f"spec {text!r}: must begin with a family and its bits, as in affine4; families: {FAMILIES}"
+                f"spec {text!r}: must begin with a family and its bits, as in affine4; families: {', '.join(FAMILIES)}"
             )
         found: dict[str, object] = {"family": match[1], "bits": int(match[2])}
-        pre: list[str] = []
+        steps: list[str] = []
         for token in tokens:
-            if token in PRES:
-                pre.append(token)
+            if token in (*PRES, *POSTS) or _HADAMARD.fullmatch(token):
+                steps.append(token)
                 continue
             fresh = _token(token, text)
             if twice := fresh.keys() & found.keys():
                 raise UserError(f"spec {text!r}: {token!r} sets {min(twice)} a second time; leave one of the two out")
             found.update(fresh)
-        return Spec(**found, pre=tuple(pre))  # type: ignore[arg-type]
+        return Spec(**found, pre=_in_order(steps, PRES), post=_in_order(steps, POSTS))  # type: ignore[arg-type]
+
+
+# group, rows, scale, zero and view of a spec without them.
+_UNSCALED = (-1, 1, "f16", "none", "")
+
+
+def _kind(step: str) -> str:
+    """The name of a step without its block."""
+    return step.rstrip("0123456789")
+
+
+def _block(steps: tuple[str, ...]) -> int:
+    return next((int(step.removeprefix(_kind(step))) for step in steps if _HADAMARD.fullmatch(step)), 1)
+
+
+def _in_order(steps: list[str], known: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted((step for step in steps if _kind(step) in known), key=lambda step: known.index(_kind(step))))
 
 
 def _token(token: str, text: str) -> dict[str, object]:
@@ -140,13 +238,12 @@ def _token(token: str, text: str) -> dict[str, object]:
     for field, accepted in (("zero", ZEROS), ("scale", SCALES), ("view", VIEWS), ("act", ACTS)):
         if token in accepted:
             return {field: token}
+    for field, pattern in (("vec", _VEC), ("books", _BOOKS)):
+        if match := pattern.fullmatch(token):
+            return {field: int(match[1])}
     if _TWO_LEVEL.fullmatch(token):
         return {"scale": token}
-    if token in TABLES:
+    if token in (*TABLES, *STATE_VALUES, ROW_TABLE):
         return {"table": token}
     known = [f.name for f in fields(Spec)]
     raise UserError(f"spec {text!r}: token {token!r} is none of the values of {', '.join(known)}")
-
-
-# name -> (family, bits); the values themselves live with their family.
-TABLES = {"e4m3": ("minifloat", 8), "e5m2": ("minifloat", 8), "nf4": ("codebook", 4), "fp4": ("codebook", 4)}

@@ -8,8 +8,11 @@ A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a 
             A power-of-two width is one plane; 3 is 2 + 1, 5 is 4 + 1, 6 is 4 + 2, 7 is 4 + 2 + 1. So no code straddles
             a word, every tile is whole words whatever the width, and each is loaded once. (A dense stream of 3 or 7
             bits has tiles of 3 or 7 words per 32 codes, and Triton's tensors are powers of two.)
-    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype
-    table           float32 [2**bits]
+            Where a code stands for `Spec.vec` inputs and holds the bits of all books, planes are up to 32 bits wide,
+            12 is 8 + 4, 24 is 16 + 8, and a plane has ceil(ceil(K / 32) * width / vec) rows.
+            The trellis keeps tiles of its own (trellis_device.py).
+    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; the trellis has none
+    table           [2**bits], [N, 2**bits] or [books, 2**bits, vec], any float dtype
     super_scales, scale_table, scale_offset   second level of the scales, by the row-major order of [R', G]
 
 K and N are masked: words, scales and zero points beyond them read as 0, and whoever multiplies masks its input.
@@ -24,7 +27,7 @@ class Parts(NamedTuple):
     """The pointers of one weight. A kernel argument: None is known when the kernel is compiled."""
 
     codes: Any
-    scales: Any
+    scales: Any = None
     zeros: Any = None
     table: Any = None
     super_scales: Any = None
@@ -35,8 +38,8 @@ class Parts(NamedTuple):
 class Triple(NamedTuple):
     """Device functions of one family. Device code indexes it: `.value` of a constexpr is the constexpr's own.
 
-    unpack(parts, k0, rn, N, K, BK, SPEC) -> codes int32 [BK, BN]
-    value(codes, parts, SPEC) -> float32 [BK, BN]
+    unpack(parts, k0, rn, N, K, BK, SPEC) -> codes int32 [BK / vec, BN]
+    value(codes, parts, SPEC) -> float32 [BK, BN] (or codes, where `scale` needs them)
     scale(values, parts, k0, rn, N, K, BK, SPEC) -> float32 [BK, BN]
     """
 
@@ -53,32 +56,51 @@ class Triple(NamedTuple):
 
 def widths(bits: int) -> list[int]:
     """Widths of the planes of a code, lowest bits first."""
-    return [w for w in (8, 4, 2, 1) if bits & w]
+    return [w for w in (32, 16, 8, 4, 2, 1) if bits & w]
+
+
+def plane_rows(k: int, width: int, vec: int) -> int:
+    """Rows of words of the plane of `width` bits."""
+    return -(-(-(-k // 32) * width) // vec)
 
 
 @jit
 def unpack(parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr):
-    """Codes int32 [BK, BN] of inputs k0 .. k0 + BK - 1 and outputs rn; k0 a multiple of 32."""
-    codes = tl.zeros((BK, rn.shape[0]), tl.int32)
-    for bit in tl.static_range(4):
-        if SPEC.bits & (8 >> bit):
-            codes |= _plane(parts.codes, k0, rn, N, K, BK, SPEC.bits, 8 >> bit)
+    """Codes int32 [BK / vec, BN] of inputs k0 .. k0 + BK - 1 and outputs rn; k0 a multiple of BK."""
+    codes = tl.zeros((BK // SPEC.vec, rn.shape[0]), tl.int32)
+    first = 0
+    for bit in tl.static_range(6):
+        if SPEC.width & (32 >> bit):
+            rows = tl.cdiv(tl.cdiv(K, 32) * (32 >> bit), SPEC.vec)
+            codes |= _plane(parts.codes + first * N, rows, k0, rn, N, BK // SPEC.vec, SPEC.vec, SPEC.width, 32 >> bit)
+            first += rows
     return codes
 
 
 @jit
-def _plane(planes, k0, rn, N, K, BK: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """The plane of WIDTH bits, in its place in the code."""
+def _plane(planes, rows, k0, rn, N, CODES: tl.constexpr, VEC: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """[CODES, BN] of the plane of WIDTH bits and `rows` rows, in its place in the code."""
     LANES: tl.constexpr = 32 // WIDTH
     # Bits of the planes before this one: the wider ones.
     BELOW: tl.constexpr = BITS & ~(2 * WIDTH - 1)
-    rows = k0 // LANES + tl.arange(0, BK // LANES)
-    inside = (rows < tl.cdiv(K, 32) * WIDTH)[:, None] & (rn < N)[None, :]
-    rows += BELOW * tl.cdiv(K, 32)
-    words = tl.load(planes + rows[:, None] * N + rn[None, :], mask=inside, other=0)
-    shifts = tl.arange(0, LANES) * WIDTH
-    codes = ((words[:, None, :] >> shifts[None, :, None]) & ((1 << WIDTH) - 1)).reshape(BK, rn.shape[0])
-    return codes << BELOW
+    if CODES % LANES == 0:
+        at = k0 // VEC // LANES + tl.arange(0, CODES // LANES)
+        words = _words(planes, rows, at, rn, N)
+        if WIDTH == 32:
+            return words
+        shifts = tl.arange(0, LANES) * WIDTH
+        codes = (words[:, None, :] >> shifts[None, :, None]).reshape(CODES, rn.shape[0])
+    else:
+        # A tile that is part of a word, as 4 codes of v8 are in a plane of 4 bits.
+        index = k0 // VEC + tl.arange(0, CODES)
+        codes = _words(planes, rows, index // LANES, rn, N) >> (index % LANES * WIDTH)[:, None]
+    return (codes & ((1 << WIDTH) - 1)) << BELOW
+
+
+@jit
+def _words(planes, rows, at, rn, N):
+    inside = (at < rows)[:, None] & (rn < N)[None, :]
+    return tl.load(planes + at[:, None] * N + rn[None, :], mask=inside, other=0)
 
 
 @jit

@@ -8,7 +8,7 @@ hands them to the attention function: per-token codecs lose nothing by that, but
 `KVCache` is the one place that allocates parts, stores through `encode` and hands gathered parts to `decode`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..kernels import paged
 from ..kernels.attention import KVShape, Parts, store
+from ..kernels.cases import Case, Target, Weight
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class KVCodec:
     encode: Callable[[Tensor], Parts]
     # parts [N, heads, ...] -> [N, heads, dim] in dtype
     decode: Callable[[Parts], Tensor]
+    # Name of the module whose DEVICE (kernels.kv_device.KVDevice) does the same on a GPU, bit for bit; "" if there is
+    # none, and attention runs in torch
+    device: str = ""
 
 
 def codec_names() -> list[str]:
@@ -57,6 +62,7 @@ class KVCache:
         self, codec: KVCodec, shapes: dict[int, KVShape], num_blocks: int, block_size: int, device: torch.device
     ) -> None:
         self.codec, self.num_blocks, self.block_size = codec, num_blocks, block_size
+        self.kernels = codec.device if paged.use_kernels(device, codec.name, codec.device) else ""
         slots = num_blocks * block_size
         self._parts = {
             layer: (codec.alloc(slots, s.heads, s.key_dim, device), codec.alloc(slots, s.heads, s.value_dim, device))
@@ -66,6 +72,9 @@ class KVCache:
     def store(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write key `[T, heads, key_dim]` and value `[T, heads, value_dim]` to `slots[T]`."""
         parts_k, parts_v = self._parts[layer]
+        if self.kernels:
+            paged.kv_store(key, value, slots, parts_k, parts_v, self.kernels)
+            return
         store(parts_k, key, slots, self.codec.encode)
         store(parts_v, value, slots, self.codec.encode)
 
@@ -89,3 +98,13 @@ def bytes_per_block(codec: KVCodec, shapes: dict[int, KVShape], block_size: int)
         codec.bytes_per_token(s.heads, s.key_dim) + codec.bytes_per_token(s.heads, s.value_dim) for s in shapes.values()
     )
     return per_token * block_size
+
+
+def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
+    """Attention and store of every codec with device functions; see kernels.cases."""
+    del weights
+    for name in codec_names():
+        codec = load_codec(name, torch.bfloat16 if target.dtype == "bf16" else torch.float16)
+        if codec.device:
+            parts = codec.alloc(1, 1, 16, torch.device("cpu"))
+            yield from paged.codec_cases(name, codec.device, [part.dtype for part in parts], target)

@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """INT8, symmetric, one scale per token and head: x ~ code * scale, scale = absmax / 127, codes rounded to nearest.
 
 Rounding matters: truncation, which some engines do, doubles the largest error and shrinks every value towards zero.
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Parts
+from ..kernels.kv_device import KVDevice, load_tile, store_tile
+from ..kernels.lang import jit, tl
 from .base import KVCodec
 
 
@@ -26,7 +29,7 @@ def codec(dtype: torch.dtype) -> KVCodec:
         # In place and in one dtype: 1.4 to 1.8 times faster than a product that promotes.
         return codes.to(work).mul_(scales.to(work)).to(dtype)
 
-    return KVCodec("int8", dtype, lambda heads, dim: heads * (dim + 2), _alloc, _encode, decode)
+    return KVCodec("int8", dtype, lambda heads, dim: heads * (dim + 2), _alloc, _encode, decode, __name__)
 
 
 def _alloc(slots: int, heads: int, dim: int, device: torch.device) -> Parts:
@@ -41,3 +44,33 @@ def _encode(x: Tensor) -> Parts:
     scales = (x.abs().amax(-1, keepdim=True) / 127).bfloat16()
     codes = (x / scales.float().clamp_min(torch.finfo(torch.float32).tiny)).round()
     return codes.to(torch.int8), scales
+
+
+@jit
+def _device_decode(parts, at, inside, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    scale = tl.load(parts[1] + at, mask=inside, other=0).to(tl.float32)
+    return load_tile(parts[0], at, inside, START, WIDTH, DIM).to(tl.float32) * scale[:, None]
+
+
+@jit
+def _device_encode(x, parts, at, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    x = x.to(tl.float32)
+    # tl.max passes over NaN, torch's amax does not: a broken vector must stay broken.
+    broken = tl.max((x != x).to(tl.int32), 1) > 0
+    absmax = tl.where(broken, float("nan"), tl.max(tl.abs(x), 1))
+    scale = tl.div_rn(absmax, tl.full(absmax.shape, 127, tl.float32)).to(parts[1].dtype.element_ty)
+    tl.store(parts[1] + at, scale, mask=inside)
+    divisor = tl.maximum(scale.to(tl.float32), 2.0**-126)
+    store_tile(parts[0], _round(tl.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))), at, inside, DIM, WIDTH)
+
+
+@jit
+def _round(x):
+    """To the nearest integer, ties to even, as torch rounds."""
+    below = tl.floor(x)
+    over = x - below
+    odd = below.to(tl.int32) & 1 == 1
+    return below + tl.where((over > 0.5) | ((over == 0.5) & odd), 1.0, 0.0)
+
+
+DEVICE = KVDevice(_device_decode, _device_encode)

@@ -1,9 +1,12 @@
+# mypy: allow-untyped-defs
 """No codec: keys and values as the model computes them, in its dtype."""
 
 import torch
 from torch import Tensor
 
 from ..kernels.attention import Parts
+from ..kernels.kv_device import KVDevice, load_tile, store_tile
+from ..kernels.lang import jit, tl
 from .base import KVCodec
 
 
@@ -19,4 +22,17 @@ def codec(dtype: torch.dtype) -> KVCodec:
     def decode(parts: Parts) -> Tensor:
         return parts[0]
 
-    return KVCodec("none", dtype, lambda heads, dim: heads * dim * dtype.itemsize, alloc, encode, decode)
+    return KVCodec("none", dtype, lambda heads, dim: heads * dim * dtype.itemsize, alloc, encode, decode, __name__)
+
+
+@jit
+def _device_decode(parts, at, inside, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    return load_tile(parts[0], at, inside, START, WIDTH, DIM)
+
+
+@jit
+def _device_encode(x, parts, at, inside, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    store_tile(parts[0], x, at, inside, DIM, WIDTH)
+
+
+DEVICE = KVDevice(_device_decode, _device_encode)

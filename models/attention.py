@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import UserError
+from ..kernels import paged
 from ..kernels.attention import KVShape, paged_attention
 from .batch import WarmUp, current_step, running
 
@@ -54,6 +55,13 @@ def paged_forward(
     batch = step.batch
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     step.cache.store(layer, k, v, batch.slots)
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    if step.cache.kernels:
+        out = paged.paged_attention(
+            q, *step.cache.parts(layer), batch.cu_q, batch.context_len, batch.block_table, batch.num_decode,
+            step.cache.block_size, v.shape[-1], step.cache.kernels, scale, sliding_window, softcap, s_aux,
+        )  # fmt: skip
+        return out.unsqueeze(0), None
     cache_k, cache_v = step.cache.parts(layer)
     out = paged_attention(
         q,
@@ -65,7 +73,7 @@ def paged_forward(
         num_decode=batch.num_decode,
         block_size=step.cache.block_size,
         decode=step.cache.decode,
-        scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,

@@ -37,6 +37,8 @@ class PagedCache(Protocol):
     """What the attention function needs of a KV cache (kv_quant.base.KVCache has it)."""
 
     block_size: int
+    # The module of the codec's device functions (kernels.paged); "" where torch runs the attention
+    kernels: str
 
     def store(self, layer: int, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write key `[T, heads, key_dim]` and value `[T, heads, value_dim]` to `slots[T]`."""
@@ -50,7 +52,7 @@ class PagedCache(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One forward in progress. `memo` is filled by the attention kernel: what layers of the same window share."""
+    """One forward in progress. `memo` is filled by torch's paged attention: what layers of the same window share."""
 
     batch: Batch
     cache: PagedCache

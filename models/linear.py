@@ -10,6 +10,7 @@ them called computes it, the others take their slice.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +156,11 @@ def set_expert_weight(module: nn.Module, name: str, matmuls: list[Matmul]) -> No
     module._parameters.pop(name, None)
     held = module.__dict__.setdefault("quantized_experts", {})
     held[name] = matmuls
+    if all(m.name == "triton" for m in matmuls):
+        from ..kernels.grouped import stack
+
+        if (product := stack(matmuls)) is not None:
+            module.__dict__.setdefault("grouped_experts", {})[name] = product
 
 
 def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -164,6 +170,8 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
     Tokens are sorted by expert, so each expert multiplies once. Sums in float32.
     """
     count: int = module.num_experts  # type: ignore[assignment]
+    if len(module.__dict__.get("grouped_experts", ())) == 2 and "observe_expert" not in module.__dict__:
+        return _grouped_experts(module, hidden, top_k_index, top_k_weights)
     flat = top_k_index.reshape(-1)
     order = flat.argsort(stable=True)
     token = order // top_k_index.shape[1]
@@ -176,6 +184,42 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
         y = _one_expert(module, expert, hidden[rows])
         out.index_add_(0, rows, y.float() * top_k_weights.reshape(-1)[order[start:end], None].float())
     return out.to(hidden.dtype)
+
+
+def _grouped_experts(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """All experts in two launches (kernels/grouped.py); an expert beyond num_experts, which is elsewhere, adds 0."""
+    from ..kernels.grouped import route
+
+    tokens, k = top_k_index.shape
+    routing = route(top_k_index, module.num_experts)  # type: ignore[arg-type]
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    weights = top_k_weights.float().masked_fill(top_k_index >= module.num_experts, 0)  # type: ignore[operator]
+    x = _grouped_product(module, up, hidden, top_k_index, routing, k)
+    x = module._apply_gate(x) if module.has_gate else module.act_fn(x)  # type: ignore[operator]
+    if not module.has_bias and not getattr(module, "has_post_expert_norm", False):
+        y = _grouped_product(module, "down_proj", x, top_k_index, routing, 1, weights)
+    else:
+        y = _grouped_product(module, "down_proj", x, top_k_index, routing, 1)
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)  # type: ignore[operator]
+        y = y * weights.view(-1, 1)
+    return y.view(tokens, k, -1).sum(1, dtype=torch.float32).to(hidden.dtype)
+
+
+def _grouped_product(
+    module: nn.Module,
+    name: str,
+    x: Tensor,
+    top_k_index: Tensor,
+    routing: Any,
+    repeat: int,
+    weights: Tensor | None = None,
+) -> Tensor:
+    y: Tensor = module.__dict__["grouped_experts"][name](x, routing, repeat, weights)
+    if not module.has_bias:
+        return y
+    bias: Tensor = getattr(module, f"{name}_bias")
+    return y + bias[top_k_index.reshape(-1).clamp(max=bias.shape[0] - 1)]
 
 
 def _one_expert(module: nn.Module, expert: int, x: Tensor) -> Tensor:

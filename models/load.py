@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import Checkpoint, resolve
+from .fused import fuse
 from .linear import EXPERTS, QuantLinear, fuse_siblings, is_experts, is_linear, prepack_linears, set_expert_weight
 from .names import Placement, placements
 
@@ -60,6 +61,7 @@ def load_model(
         fuse_siblings(model, wanted, act)
         if device.type == "cpu" and wanted is torch.bfloat16:
             prepack_linears(model)
+        fuse(model, device)
     model.eval()
     return model
 

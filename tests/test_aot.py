@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from bitsmith.cli.main import main
 from bitsmith.kernels import aot
+from bitsmith.kernels.cuda import triple
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "aot.json"
 UPDATE = "if the change is meant, keep the new table: bitsmith kernels --aot --save, and say why in the commit"
@@ -44,6 +46,47 @@ def test_each_kernel_and_family_on_four_targets() -> None:
 
 
 @needs_compiler
+def test_experts_native_dots_and_fused_steps_where_they_are_launched() -> None:
+    kernels = {("grouped_gemv", 128), ("grouped_gemm", 128), ("scaled", 1), ("rms_norm", 1), ("rope", 1), ("gated", 1)}
+    specs = {"affine4.g128.asym", "affine8.channel.sym", "llama", "half", "silu"}
+    rows = list(aot.table(("sm_75", "sm_90", "gfx1100"), specs, kernels))
+    launched = [[row["kernel"] for row in rows if row["target"] == t] for t in ("sm_75", "sm_90", "gfx1100")]
+    fused = ["rms_norm", "rope", "gated"]
+    assert launched[0] == ["grouped_gemv", *fused]
+    assert launched[1] == launched[2] == ["grouped_gemm", "scaled", *fused]
+    check(rows)
+
+
+def test_fp8_dots_are_launched_where_they_exist() -> None:
+    found = {t for t in aot.TARGETS for c in aot.cases(t) if c.kernel == "scaled" and c.family == "minifloat"}
+    assert found == {"sm_89", "sm_90", "sm_100", "sm_120"}, "AMD's E4M3 is another"
+    assert {t for t in aot.TARGETS for c in aot.cases(t) if c.kernel == "scaled_mx"} == {"sm_100"}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("target", "kernel", "spec", "instruction"),
+    [
+        ("sm_80", "scaled", "affine8.channel.sym", r"mma\.sync\S*\.s32\.s8\.s8\.s32"),
+        ("sm_89", "scaled", "minifloat8.e4m3.channel.f32", r"mma\.sync\S*\.f32\.e4m3\.e4m3\.f32"),
+        ("sm_90", "scaled", "minifloat8.e4m3.channel.f32", r"wgmma\S*\.f32\.e4m3\.e4m3"),
+        ("sm_100", "scaled_mx", "minifloat8.e4m3.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale"),
+    ],
+)
+def test_native_dots_are_native(target: str, kernel: str, spec: str, instruction: str) -> None:
+    """Compiling proves little here: Triton would turn a dot it has no instruction for into another."""
+    found = [c for c in aot.cases(target) if (c.kernel, c.rows, c.spec) == (kernel, 256, spec)]
+    assert len(found) == 1
+    compiled = aot.triton.compile(aot._source(found[0]), target=aot._target(target), options=dict(found[0].options))
+    assert re.search(instruction, compiled.asm["ptx"])
+
+
+def test_a_case_that_no_target_launches_is_named() -> None:
+    with pytest.raises(ValueError, match=r"sm_75 launches no scaled of 256 rows with affine8.channel.sym"):
+        aot.compile_row("scaled", 256, "affine8.channel.sym", "sm_75")
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_full_table() -> None:
     check(list(aot.table()))
@@ -68,17 +111,17 @@ def test_disk_cache_knows_the_source_of_a_decode(monkeypatch: pytest.MonkeyPatch
     """Without Triple.cache_key the key names the functions only, and an edited decode runs as its old self."""
 
     def key() -> str:
-        source = aot._source(aot.plan(1, (64, 64)), aot.Spec.parse("affine4.g32.sym"), "fp16")
-        return str(source.hash())
+        case = next(case for case in aot.cases("sm_80") if case.kernel == "gemv" and case.family == "affine")
+        return str(aot._source(case).hash())
 
     before = key()
-    monkeypatch.setattr(aot.triple("affine").unpack, "hash", "edited")
+    monkeypatch.setattr(triple("affine").unpack, "hash", "edited")
     assert key() != before
 
 
 def test_table_covers_every_kernel_spec_and_target() -> None:
     rows = recorded()["rows"]
-    wanted = {(k, r, s, t) for k, r in aot.KERNELS for s in aot.SPECS for t in aot.TARGETS}
+    wanted = {(case.kernel, case.rows, case.spec, t) for t in aot.TARGETS for case in aot.cases(t)}
     assert {(row["kernel"], row["rows"], row["spec"], row["target"]) for row in rows} == wanted
     assert {"kernel", "family", "target", "ok", "shared_bytes", "registers", "spills", "global_loads"} <= rows[0].keys()
 

@@ -212,7 +212,7 @@ def command(*words: str) -> argparse.Namespace:
 
 
 def test_bad_commands_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"bench 'serve' does not exist; the one that does is: decode"):
+    with pytest.raises(UserError, match=r"bench 'serve' does not exist; those that do are: decode, kernels"):
         bench.run(command("serve", "tiny"))
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(

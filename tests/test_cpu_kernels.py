@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from bitsmith.errors import UserError
-from bitsmith.kernels import bits, codebook, cpu, int4pack, lut, probe
+from bitsmith.kernels import bits, codebook, cpu, int4pack, lut, native, probe
 from bitsmith.kernels.dispatch import Matmul, prepare
 from bitsmith.kernels.families import scale_dtype, scale_shape
 from bitsmith.kernels.pieces import pieces, straighten
@@ -18,6 +18,12 @@ from torch import Tensor
 ROWS = (1, 3, 64, 65, 130)
 # RMS error of the fast paths relative to ||y||, inputs of mean 0; rounding y to bfloat16 alone is 1.7e-3.
 BOUND = 5e-3
+
+
+@pytest.fixture(autouse=True)
+def _no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves where the package was built without a compiler; the library has tests of its own (test_native.py)."""
+    monkeypatch.setattr(native, "library", lambda: None)
 
 
 def random_qtensor(text: str, shape: tuple[int, int]) -> QTensor:

@@ -26,17 +26,19 @@ from torch import Tensor
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 172])
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("width", [*range(1, 17), 24, 31, 32])
 def test_bit_stream(width: int, columns: int) -> None:
     """Code c of a row is bits [c * width, (c + 1) * width) of the row read as one little-endian integer; the rest is
     0."""
-    codes = torch.randint(0, 1 << width, (3, columns), dtype=torch.uint8)
+    codes = torch.randint(0, 1 << width, (3, columns))
     codes[0] = (1 << width) - 1
-    packed = bits.pack(codes, width)
+    stored = codes.to(torch.uint8 if width <= 8 else torch.int32)
+    packed = bits.pack(stored, width)
     assert packed.dtype is torch.int32 and packed.shape == (3, bits.words(columns, width))
     for row, expected in zip(packed, codes, strict=True):
         assert stream(row) == sum(int(c) << (i * width) for i, c in enumerate(expected))
-    assert torch.equal(bits.unpack(packed, width, columns), codes)
+    found = bits.unpack(packed, width, columns)
+    assert found.dtype is stored.dtype and torch.equal(found, stored)
 
 
 def stream(words: Tensor) -> int:
@@ -181,7 +183,9 @@ def test_last_tile_may_be_partial() -> None:
     assert torch.equal(q.rows(16, 20).dequantize(), q.dequantize()[16:])
 
 
-@pytest.mark.parametrize("text", ["affine3.g32.asym", "affine8.g8.zf16", "codebook4.nf4.g16.f32"])
+@pytest.mark.parametrize(
+    "text", ["affine3.g32.asym", "affine8.g8.zf16", "codebook4.nf4.g16.f32", "affine2.channel.sym"]
+)
 def test_shards_of_inputs(text: str) -> None:
     q, _ = quantize(torch.randn(6, 128), text)
     halves = [q.shard(1, rank, 2) for rank in range(2)]
@@ -191,7 +195,7 @@ def test_shards_of_inputs(text: str) -> None:
 REFUSED = {
     "does not divide by 3 ranks": lambda: _make("affine4.g32.sym").shard(0, 0, 3),
     "cannot be cut into 4 whole groups and words": lambda: _make("affine4.g32.sym").shard(1, 0, 4),
-    "cannot be cut into 2 whole groups and words": lambda: _make("affine4.channel.sym").shard(1, 0, 2),
+    "cannot be cut into 16 whole groups and words": lambda: _make("affine4.channel.sym").shard(1, 0, 16),
     "affine4.g32.sym.perm: 64 inputs cannot be cut": lambda: _make("affine4.g32.sym.perm").shard(1, 0, 2),
     "rows are not independent, so it cannot be cut or stacked": lambda: _make("minifloat8.e4m3.g8x8.f32").shard(
         1, 0, 2

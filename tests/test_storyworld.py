@@ -134,9 +134,9 @@ def test_same_seed_same_stories() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("In the attic.", "In the mill.", "must follow"),
+        ("In the mill.", "In the hall.", "must follow"),
         ("is in the", "is at the", "where one of .* is possible"),
-        ("She takes the hat", "She takes the coin", "is possible"),
+        ("Emma picks up the rope", "Emma picks up the coin", "is possible"),
         ("\n\n", "\n", "not a story of this world"),
     ],
 )
@@ -244,10 +244,10 @@ def test_bad_task_file(content: str | None, message: str, tmp_path: Path, tokeni
 
 
 def test_the_shipped_model_is_as_its_readme_says() -> None:
-    """Loose around the measured figures (gap 0.220, 42.8 % of the questions): 100 of the 300 stories are scored."""
+    """Loose around the measured figures (gap 0.134, 81.6 % of the questions): 100 of the 300 stories are scored."""
     from bitsmith.models.load import load_model, load_tokenizer
 
     path = Path(__file__).parents[1] / "examples" / "storyworld"
     found = evaluate(load_model(path / "model"), load_tokenizer(path / "model"), path / "heldout.jsonl", limit=100)
-    assert 0.15 < found["gap_nats_per_token"] < 0.30 and 0.35 < found["accuracy"] < 0.52, found
+    assert 0.12 < found["gap_nats_per_token"] < 0.15 and 0.78 < found["accuracy"] < 0.86, found
     assert sum(f.stat().st_size for f in (path / "model").iterdir()) <= 12e6

@@ -14,16 +14,17 @@ from bitsmith.kernels import bits, cuda, repack
 from bitsmith.kernels.qtensor import QTensor
 from bitsmith.kernels.spec import Spec
 
-INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
+HERE = Path(__file__).parent
+INTERPRETED = sorted(map(str, HERE.glob("triton_interpreted*.py")))
 
 
 def _run_interpreted(marker: str) -> str:
     triton = pytest.importorskip("triton", reason="triton is not installed")
     if triton.__version__.startswith("3.6.") and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
         pytest.skip("triton 3.6's interpreter cannot loop to a run-time bound with numpy 2.4 or newer")
-    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", *INTERPRETED, "-m", marker, "-p", "no:cacheprovider", "--tb=short"]
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=INTERPRETED.parents[1], capture_output=True, text=True, timeout=3600)
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -44,7 +45,7 @@ import sys, importlib
 sys.modules["triton"] = None
 import torch
 from bitsmith.errors import UserError
-for name in "lang tiles affine_device minifloat_device codebook_device matmul repack cuda aot".split():
+for name in "lang tiles affine_device minifloat_device codebook_device trellis_device transform_device matmul repack cuda grouped scaled fused ops plans tune aot".split():
     importlib.import_module(f"bitsmith.kernels.{name}")
 from bitsmith.kernels import aot, bits, cuda, lang, matmul, repack
 from bitsmith.kernels.qtensor import QTensor
@@ -99,9 +100,7 @@ def test_bfloat16_below_sm_80_runs_in_float16_and_says_so_once(caplog: pytest.Lo
     ("text", "shape", "words"),
     [
         ("affine4.g64.zf16.axis0", (64, 64), "axis 0"),
-        ("affine4.g64.asym.a8", (64, 64), "activations"),
         ("codebook4.nf4.g64.f32.flat", (64, 96), "straddle"),
-        ("trellis4.g64", (64, 64), "no device code for the trellis family"),
     ],
 )
 def test_unsupported_says_why(text: str, shape: tuple[int, int], words: str) -> None:

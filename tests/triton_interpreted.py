@@ -220,7 +220,8 @@ def test_more_programs_than_steps() -> None:
     q = random_qtensor("affine4.g32.asym", (8, 96))
     matmul = CudaMatmul(q, torch.float32)
     x = torch.randn(2, 96)
-    found = matmul._multiply(x, cuda.Plan("gemv", {"BM": 2, "BN": 32, "BK": 32}, 4, 1, split=5))
+    how = cuda.Plan("gemv", {"BM": 2, "BN": 32, "BK": 32}, 4, 1, split=5)
+    found = cuda.launch(x, matmul.packed.parts, matmul.packed.spec, 8, how)
     assert relative_rms(found, x.double() @ q.dequantize().double().T) < TOLERANCE[torch.float32]
 
 

@@ -54,13 +54,13 @@ class Pace:
     on in between with the given chance, in the first turn and in later ones; another turn follows with chance `more`.
     """
 
-    people: dict[int, int] = field(default_factory=lambda: {2: 1, 3: 2, 4: 1})
-    things: dict[int, int] = field(default_factory=lambda: {2: 1, 3: 2, 4: 1})
-    animals: dict[int, int] = field(default_factory=lambda: {1: 1, 2: 1})
-    first: tuple[int, int, float] = (5, 12, 0.75)
-    later: tuple[int, int, float] = (0, 4, 0.5)
-    more: float = 0.75
-    turns: int = 6
+    people: dict[int, int] = field(default_factory=lambda: {1: 1, 2: 2})
+    things: dict[int, int] = field(default_factory=lambda: {1: 2, 2: 1})
+    animals: dict[int, int] = field(default_factory=lambda: {0: 1, 1: 1})
+    first: tuple[int, int, float] = (0, 4, 0.6)
+    later: tuple[int, int, float] = (0, 3, 0.5)
+    more: float = 0.9
+    turns: int = 10
 
 
 STORY = Pace()

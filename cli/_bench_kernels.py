@@ -1,0 +1,156 @@
+"""`bitsmith bench kernels`: every weight family x shape x rows beside F.linear and installed peers; `--tune` measures
+launches instead and writes the table of this GPU (kernels/plans.py)."""
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ._output import note, print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("bench kernels")
+    group.add_argument(
+        "--shapes", metavar="NxK,...", help="outputs x inputs, or `small` (default: 4096x4096 to 8192x8192)"
+    )
+    group.add_argument("--rows", metavar="M,...", help="rows of x (default: 1 to 2048)")
+    group.add_argument("--specs", metavar="SPEC,...", help="weight specs (default: one or two of each family)")
+    group.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
+    group.add_argument("--tune", action="store_true", help="measure launches on this GPU and write its table")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, record; or tune."""
+    import torch
+
+    from ..eval import kernel_speed as speed
+
+    if args.path is not None:
+        raise UserError(f"bench kernels takes no {args.path!r}: shapes go into --shapes 4096x4096,...")
+    shapes, rows, specs, peers = _shapes(args.shapes), _rows(args.rows), _specs(args.specs), _peers(args.against)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.tune:
+        _tune(device, shapes, rows, specs)
+        return
+    cases = [speed.Case(spec, shape, m) for spec in specs for shape in shapes for m in rows]
+    small = shapes == list(speed.SMALL)
+    clock = speed.Clock(device, 1 << 20) if small else speed.Clock(device)
+    most = speed.ceiling(clock, 256 if small else 2048 if device.type == "cpu" else 8192)
+    where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    what = f"{where}/{torch.get_num_threads()} threads" if device.type == "cpu" else where
+    if not args.json:
+        print(f"{what}: copy {most.copy / 1e9:.1f} GB/s, matmul {most.matmul / 1e12:.2f} TFLOP/s")
+    found: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    for case, timings in speed.measure(cases, clock, peers, args.samples, note):
+        lines = speed.rows(case, timings, most)
+        found += lines
+        if not args.json:
+            _print(lines)
+        if not args.no_record:
+            _record(args, case, timings, what, time.perf_counter() - start)
+    if args.json:
+        print_json({"device": what, "copy_gb_s": most.copy / 1e9, "matmul_tflop_s": most.matmul / 1e12, "rows": found})
+
+
+def _shapes(text: str | None) -> list[tuple[int, int]]:
+    from ..eval.kernel_speed import SHAPES, SMALL
+
+    if text in (None, "small"):
+        return list(SMALL if text else SHAPES)
+    found = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)x(\d+)", word)
+        if not match or any(int(g) % 256 or not int(g) for g in match.groups()):
+            raise UserError(f"--shapes {word!r}: accepted are OUTPUTSxINPUTS in multiples of 256, and small")
+        found.append((int(match[1]), int(match[2])))
+    return found
+
+
+def _rows(text: str | None) -> list[int]:
+    from ..eval.kernel_speed import ROWS
+
+    if text is None:
+        return list(ROWS)
+    if wrong := [word for word in text.split(",") if not word.isdecimal() or int(word) < 1]:
+        raise UserError(f"--rows {wrong[0]!r}: accepted are numbers from 1")
+    return [int(word) for word in text.split(",")]
+
+
+def _specs(text: str | None) -> list[str]:
+    from ..eval.kernel_speed import SPECS
+    from ..kernels.spec import Spec
+
+    return [str(Spec.parse(word)) for word in text.split(",")] if text else list(SPECS)
+
+
+def _peers(text: str | None) -> list[str]:
+    from ..eval.kernel_peers import PEERS
+
+    names = [] if text == "none" else list(PEERS) if text is None else text.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(PEERS)}, or none")
+    return names
+
+
+def _tune(device: Any, shapes: list[tuple[int, int]], rows: list[int], specs: list[str]) -> None:
+    import torch
+
+    from ..eval.kernel_speed import half_dtype, random_weight
+    from ..kernels import tune
+    from ..kernels.cuda import CudaMatmul
+    from ..kernels.spec import Spec
+
+    if device.type != "cuda":
+        raise UserError(
+            "--tune measures launches on a GPU, and there is none here (torch.cuda.is_available() is False)"
+        )
+    gpu = torch.cuda.get_device_name(device)
+    path = tune.default_path(gpu)
+    # A row is found by family and bits: of several specs that share both, the first is measured.
+    distinct = {(s.family, s.bits): s for s in reversed([Spec.parse(text) for text in specs]) if not s.act}
+    for spec in distinct.values():
+        for shape in shapes:
+            product = CudaMatmul(random_weight(spec, shape, device), half_dtype(device))
+            found = tune.tune([product], rows, told=lambda row: note(f"{row['kernel']} {row['us']} us: {row}"))
+            # After each weight: a run that is cut off keeps what it has.
+            tune.write(path, gpu, found)
+    note(f"table of {gpu}: {path}")
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    for i, row in enumerate(rows):
+        head = (
+            f"{row['name']:<44} {row['value']:9.1f} us  {row['gb_s']:7.1f} GB/s ({row['of_copy']:4.0%})  "
+            f"{row['tflop_s']:7.2f} TFLOP/s ({row['of_matmul']:4.0%})  {row['path']:<12}"
+        )
+        versus = f"{row['ratio']:6.2f} x {row['against']} ({row['against_value']:.1f})"
+        print((head if not i else " " * len(head)) + versus)
+
+
+def _record(args: argparse.Namespace, case: Any, timings: Any, where: str, seconds: float) -> None:
+    """A row of results per contender: microseconds; its path is part of the task of ours."""
+    from ..eval.results import FILE_NAME, Result, append, default_dir, here
+
+    n, k = case.shape
+    found = [
+        Result(
+            **here(),
+            model=f"{n}x{k}",
+            spec=case.spec,
+            kv="",
+            task=f"bench/kernels/{name}/{where}",
+            metric=f"m{case.rows} us",
+            value=timing.value,
+            stderr=timing.stderr if len(timing.seconds) > 1 else None,
+            n=len(timing.seconds),
+            seconds=seconds,
+        )
+        for name, timing in timings.items()
+    ]
+    append((Path(args.results) if args.results else default_dir()) / FILE_NAME, found)

@@ -1,0 +1,133 @@
+// What every instruction set shares: the weight as Python hands it over, the activations as the kernels read them.
+//
+// Layout of codes: [ceil(N / 16)][ceil(K / 32)][64 * bits bytes]. A block holds 16 output rows by 32 inputs as bit planes of
+// 8, 4, 2 or 1 bits, widest (= lowest bits) first; a plane of w bits is w vectors of 64 bytes. A vector has one 32-bit lane an
+// output row. Unpacked, a block is 8 byte vectors; byte b of a lane of byte vector v is the code of input 4 v + b. A plane of w
+// bits keeps byte vector v in vector v * w / 8, shifted left by w * (v % (8 / w)). That is the operand order of VNNI's dot
+// products and of AMX's tiles, so decoding is a shift and a mask, and no code straddles a word at any width.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BITSMITH_X86 1
+#include <immintrin.h>
+#else
+#define BITSMITH_X86 0
+#endif
+
+namespace bitsmith {
+
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4 };
+// INT8: activations rounded to int8 a chunk, codes taken as integers. BFLOAT: activations in bfloat16, codes through a table.
+enum Kind : int32_t { INT8 = 0, BFLOAT = 1 };
+
+constexpr int64_t ROWS = 16, BLOCK = 32;
+
+// Mirrored by kernels/native.py; only pointers, int64, float and int32 in this order.
+struct Weight {
+  const uint8_t* codes;
+  const void* scales;          // [blocks][groups][16], or [row tiles][groups] where scale_rows > 1
+  const void* zeros;           // like scales, or null: `zero` for all
+  const void* supers;          // second level of the scales, or null
+  const float* scale_table;    // [256], or null: the code is the number
+  const uint16_t* values;      // bfloat16 [256] of BFLOAT
+  int64_t n, k, group;         // group a multiple of 32 or >= k
+  int64_t scale_rows;          // output rows that share a scale: 1, or a multiple of 16
+  int64_t per_super;           // scales of a super scale, in row-major order of [n, groups]
+  float zero, scale_offset;
+  int32_t bits, kind, scale_dtype, zero_dtype, super_dtype;
+
+  int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
+  int64_t k_blocks() const { return (k + BLOCK - 1) / BLOCK; }
+  int64_t groups() const { return (k + group - 1) / group; }
+  // Inputs between two applications of scales. int8 activations get a scale of their own at least every 128.
+  int64_t chunk() const {
+    if (kind == BFLOAT && group % 64 == 0 && group < k) return group;
+    return group % 128 == 0 || group >= k ? 128 : group % 64 == 0 ? 64 : 32;
+  }
+  const uint8_t* block(int64_t nb, int64_t kb) const { return codes + (nb * k_blocks() + kb) * 64 * bits; }
+};
+
+// Activations of one product, in the order the kernels read.
+struct Input {
+  int64_t m, stride;                 // stride: inputs a row, k rounded up to whole chunks and to 64
+  int64_t chunk, chunks;
+  std::vector<int8_t> q;             // INT8: [m][stride]
+  std::vector<uint16_t> b;           // BFLOAT: [m][stride], each four inputs in the order 0 2 1 3
+  std::vector<float> scale, sum;     // [m][chunks]: int8 step; step * sum of the codes (BFLOAT: sum of the inputs)
+};
+
+inline float half_to_float(uint16_t h) {
+#if BITSMITH_X86 || defined(__aarch64__)
+  _Float16 v;
+  std::memcpy(&v, &h, 2);
+  return static_cast<float>(v);
+#else
+  const uint32_t sign = (h & 0x8000u) << 16, mag = h & 0x7fffu;
+  uint32_t bits;
+  if (mag >= 0x7c00u) bits = 0x7f800000u | (mag & 0x3ffu) << 13;
+  else bits = mag << 13;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  if (mag < 0x7c00u) v *= 5.192296858534828e+33f;  // 2^112: from exponent bias 15 to 127
+  std::memcpy(&bits, &v, 4);
+  bits |= sign;
+  std::memcpy(&v, &bits, 4);
+  return v;
+#endif
+}
+
+inline float bfloat_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+inline uint16_t float_to_bfloat(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+inline float load(const void* p, int64_t i, int32_t dtype) {
+  switch (dtype) {
+    case F32: return static_cast<const float*>(p)[i];
+    case BF16: return bfloat_to_float(static_cast<const uint16_t*>(p)[i]);
+    case F16: return half_to_float(static_cast<const uint16_t*>(p)[i]);
+    case U8: return static_cast<const uint8_t*>(p)[i];
+    default: return std::ldexp(1.0f, static_cast<const uint8_t*>(p)[i] - 127);
+  }
+}
+
+inline void store(void* p, int64_t i, int32_t dtype, float v) {
+  if (dtype == F32) static_cast<float*>(p)[i] = v;
+  else if (dtype == BF16) static_cast<uint16_t*>(p)[i] = float_to_bfloat(v);
+  else {
+    const _Float16 h = static_cast<_Float16>(v);
+    std::memcpy(static_cast<uint16_t*>(p) + i, &h, 2);
+  }
+}
+
+// Scales and zero points of 16 rows in one group, as float32.
+inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, float* zero) {
+  const int64_t groups = w.groups();
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const int64_t at = w.scale_rows == 1 ? (nb * groups + g) * ROWS + r : nb * ROWS / w.scale_rows * groups + g;
+    float s = load(w.scales, at, w.scale_dtype);
+    if (w.supers) {
+      if (w.scale_table) s = w.scale_table[static_cast<int>(s)];
+      const int64_t row = std::min(nb * ROWS + r, w.n - 1);
+      s = s * load(w.supers, (row * groups + g) / w.per_super, w.super_dtype) + w.scale_offset;
+    }
+    scale[r] = s;
+    zero[r] = w.zeros ? load(w.zeros, at, w.zero_dtype) : w.zero;
+  }
+}
+
+}  // namespace bitsmith

@@ -1,0 +1,172 @@
+// The steps between the products of a decoder layer: norm, rotary embedding, gated activation, decode attention over a paged
+// cache. Plain loops on float32; the compiler makes a version for each width of vectors and picks one at load.
+#pragma once
+#include "common.h"
+#include "pool.h"
+
+#if BITSMITH_X86 && defined(__linux__)
+#define BITSMITH_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define BITSMITH_CLONES
+#endif
+
+namespace bitsmith::layer {
+
+// Rounding as in float_to_bfloat, written so that loops of it vectorize; NaN stays NaN but for its payload.
+inline uint16_t narrow(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// exp(v), relative error 2e-7; exp(-87) below that, infinity above 88.
+inline float exponential(float x) {
+  const float v = std::min(std::max(x, -87.0f), 88.0f);
+  const float scaled = v * 1.44269504f, whole = std::nearbyint(scaled);
+  const float r = (v - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t power = (static_cast<int32_t>(whole) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &power, 4);
+  return x > 88.0f ? INFINITY : p * scale;
+}
+
+enum Form : int32_t { LLAMA = 0, GEMMA = 1, FLOAT = 2 };
+
+// One row: total = x + residual (where there is one), y = norm(total). bfloat16.
+BITSMITH_CLONES inline void norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, uint16_t* y, uint16_t* total,
+                                 int64_t width, float eps, int32_t form) {
+  float sum = 0;
+  if (residual) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) total[i] = narrow(bfloat_to_float(x[i]) + bfloat_to_float(residual[i]));
+    x = total;
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < width; ++i) {
+    const float v = bfloat_to_float(x[i]);
+    sum += v * v;
+  }
+  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
+  if (form == LLAMA) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] = narrow(bfloat_to_float(narrow(bfloat_to_float(x[i]) * scale)) * bfloat_to_float(weight[i]));
+  } else {
+    const float one = form == GEMMA ? 1.0f : 0.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) y[i] = narrow(bfloat_to_float(x[i]) * scale * (one + bfloat_to_float(weight[i])));
+  }
+}
+
+// One row: y = act(gate) * up; act 0 is SiLU, 1 GELU by tanh.
+BITSMITH_CLONES inline void gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t width, int32_t act) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    const float g = bfloat_to_float(gate[i]);
+    const float inner = act == 0 ? g : 1.5957691216057308f * (g + 0.044715f * g * g * g);
+    y[i] = narrow(g / (1.0f + exponential(-inner)) * bfloat_to_float(up[i]));
+  }
+}
+
+// One head: y = x turned by the angles of its token; R of D dimensions, the rest copied.
+BITSMITH_CLONES inline void rope(const uint16_t* x, const uint16_t* cosine, const uint16_t* sine, uint16_t* y, int64_t d, int64_t r, bool interleaved) {
+  const int64_t half = r / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+#pragma omp simd
+  for (int64_t i = 0; i < half; ++i) {
+    const int64_t at = i * step;
+    const float a = bfloat_to_float(x[at]), b = bfloat_to_float(x[at + apart]);
+    const float c = bfloat_to_float(cosine[at]), s = bfloat_to_float(sine[at]);
+    y[at] = narrow(a * c - b * s);
+    y[at + apart] = narrow(b * c + a * s);
+  }
+  for (int64_t i = r; i < d; ++i) y[i] = x[i];
+}
+
+struct Attention {
+  const uint16_t *q, *k, *v;
+  uint16_t* out;
+  const int32_t *table, *context;  // [rows, pages], [rows]
+  const float* sinks;              // [heads] or null
+  int64_t rows, heads, kv_heads, key_dim, value_dim, pages, block_size, window, q_stride;
+  float scale, softcap;
+};
+
+constexpr int64_t GROUP = 8;
+
+// Up to GROUP query heads that share a key head, one row. scratch: GROUP * (context + value_dim) + key_dim floats.
+BITSMITH_CLONES inline void attend(const Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch) {
+  const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
+  const int64_t d = a.key_dim, dv = a.value_dim, head = kv * (a.heads / a.kv_heads) + first;
+  const int32_t* table = a.table + row * a.pages;
+  float *scores = scratch, *sums = scores + GROUP * keys, *wide = sums + GROUP * dv;
+  float query[GROUP * 256];
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t i = 0; i < d; ++i) query[g * d + i] = bfloat_to_float(a.q[row * a.q_stride + (head + g) * d + i]) * a.scale;
+  for (int64_t j = 0; j < keys; ++j) {
+    const int64_t at = begin + j, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
+    const uint16_t* key = a.k + (slot * a.kv_heads + kv) * d;
+#pragma omp simd
+    for (int64_t i = 0; i < d; ++i) wide[i] = bfloat_to_float(key[i]);
+    for (int64_t g = 0; g < count; ++g) {
+      float dot = 0;
+      const float* one = query + g * d;
+#pragma omp simd reduction(+ : dot)
+      for (int64_t i = 0; i < d; ++i) dot += one[i] * wide[i];
+      scores[g * keys + j] = dot;
+    }
+  }
+  float inverse[GROUP];
+  for (int64_t g = 0; g < count; ++g) {
+    float* s = scores + g * keys;
+    if (a.softcap > 0)
+      for (int64_t j = 0; j < keys; ++j) s[j] = a.softcap * std::tanh(s[j] / a.softcap);
+    float peak = a.sinks ? a.sinks[head + g] : s[0], sum = 0;
+#pragma omp simd reduction(max : peak)
+    for (int64_t j = 0; j < keys; ++j) peak = std::max(peak, s[j]);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < keys; ++j) {
+      s[j] = exponential(s[j] - peak);
+      sum += s[j];
+    }
+    if (a.sinks) sum += exponential(a.sinks[head + g] - peak);
+    inverse[g] = 1.0f / sum;
+  }
+  std::memset(sums, 0, static_cast<size_t>(GROUP * dv) * 4);
+  for (int64_t j = 0; j < keys; ++j) {
+    const int64_t at = begin + j, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
+    const uint16_t* value = a.v + (slot * a.kv_heads + kv) * dv;
+#pragma omp simd
+    for (int64_t i = 0; i < dv; ++i) wide[i] = bfloat_to_float(value[i]);
+    for (int64_t g = 0; g < count; ++g) {
+      const float p = scores[g * keys + j];
+      float* sum = sums + g * dv;
+#pragma omp simd
+      for (int64_t i = 0; i < dv; ++i) sum[i] += p * wide[i];
+    }
+  }
+  for (int64_t g = 0; g < count; ++g)
+    for (int64_t i = 0; i < dv; ++i) a.out[(row * a.heads + head + g) * dv + i] = narrow(sums[g * dv + i] * inverse[g]);
+}
+
+inline void attend_all(const Attention& a, int32_t threads) {
+  const int64_t shared = a.heads / a.kv_heads, parts = (shared + GROUP - 1) / GROUP;
+  int64_t keys = 0;
+  for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
+  const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
+  pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
+    static thread_local std::vector<float> scratch;
+    const size_t size = static_cast<size_t>(GROUP * (keys + a.value_dim) + std::max(a.key_dim, a.value_dim));
+    if (scratch.size() < size) scratch.resize(size);
+    const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
+    attend(a, row, kv, part * GROUP, std::min(GROUP, shared - part * GROUP), scratch.data());
+  });
+}
+
+}  // namespace bitsmith::layer

@@ -1,0 +1,233 @@
+// Products of quantized weights with activations on the CPU; kernels/native.py is the only caller. See common.h for the layout.
+//
+// Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
+#include "amx.h"
+#include "avx2.h"
+#include "avx512.h"
+#include "common.h"
+#include "folded.h"
+#include "generic.h"
+#include "layer.h"
+#include "pool.h"
+
+#if defined(_WIN32)
+#define BITSMITH_API extern "C" __declspec(dllexport)
+#else
+#define BITSMITH_API extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace bitsmith;
+
+namespace {
+
+enum Path : int32_t { GENERIC = 0, AVX2 = 1, AVX512 = 2, AMX = 3, FOLDED = 4 };
+
+using Rows = void (*)(const Weight&, const Input&, int64_t nb, void* y, int32_t dtype);
+using Prepare = void (*)(const Weight&, const void* x, int32_t dtype, int64_t row, Input&);
+
+int32_t best_path() {
+#if BITSMITH_X86
+#if defined(__linux__)
+  static const bool tiles = amx::supported();
+  if (tiles) return AMX;
+#endif
+  if (avx512::supported()) return AVX512;
+  if (avx2::supported()) return AVX2;
+#endif
+  return GENERIC;
+}
+
+#define BY_BITS(FUNCTION, KIND_OF) \
+  switch (w.bits) { \
+    case 1: return FUNCTION<1, KIND_OF>; \
+    case 2: return FUNCTION<2, KIND_OF>; \
+    case 3: return FUNCTION<3, KIND_OF>; \
+    case 4: return FUNCTION<4, KIND_OF>; \
+    case 5: return FUNCTION<5, KIND_OF>; \
+    case 6: return FUNCTION<6, KIND_OF>; \
+    case 7: return FUNCTION<7, KIND_OF>; \
+    default: return FUNCTION<8, KIND_OF>; \
+  }
+
+#if BITSMITH_X86 && defined(__linux__)
+using Panels = void (*)(const Weight&, const Input&, int64_t nb, int64_t count, void* y, int32_t dtype);
+
+Panels panels_of(const Weight& w) {
+  if (w.kind == INT8) BY_BITS(folded::rows, INT8)
+  BY_BITS(folded::rows, BFLOAT)
+}
+#endif
+
+Rows rows_of(const Weight& w, int32_t path) {
+#if BITSMITH_X86
+#if defined(__linux__)
+  if (path == AMX && w.kind == INT8) BY_BITS(amx::many, INT8)
+  if (path == AMX) BY_BITS(amx::many, BFLOAT)
+#endif
+  if (path == AVX512 && w.kind == INT8) BY_BITS(avx512::rows, INT8)
+  if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
+  if (path == AVX2) return avx2::rows;
+#endif
+  return generic::rows;
+}
+
+Prepare prepare_of(const Weight& w, int32_t path) {
+#if BITSMITH_X86
+  if (path == FOLDED) return avx512::prepare<BFLOAT>;
+  if (path >= AVX512) return w.kind == INT8 ? avx512::prepare<INT8> : avx512::prepare<BFLOAT>;
+#endif
+  return generic::prepare;
+}
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+void shape(const Weight& w, int32_t kind, int64_t m, Input& x) {
+  x.m = m;
+  x.chunk = w.chunk();
+  x.stride = round_up(round_up(w.k, 64), x.chunk <= 128 ? x.chunk : 64);
+  if (x.chunk > x.stride) x.chunk = x.stride;
+  x.chunks = (round_up(w.k, BLOCK) + x.chunk - 1) / x.chunk;
+  // Tiles read 16 rows, whatever their number.
+  const size_t size = static_cast<size_t>(round_up(m, 16) * x.stride);
+  if (kind == INT8 && x.q.size() < size) x.q.resize(size);
+  if (kind == BFLOAT && x.b.size() < size) x.b.resize(size);
+  const size_t sums = static_cast<size_t>(m * x.chunks);
+  if (x.scale.size() < sums) x.scale.resize(sums), x.sum.resize(sums);
+}
+
+// Where tiles begin to pay: below, their fixed 16 rows are mostly padding.
+constexpr int64_t TILE_ROWS = 5;
+// Where decoding into panels begins to pay, by kind.
+constexpr int64_t PANEL_ROWS[] = {128, 80};
+
+}  // namespace
+
+BITSMITH_API int32_t bitsmith_path() { return best_path(); }
+
+// y [m, n] = x [m, k] @ W^T. x and y dense, float32, bfloat16 or float16. path: -1 = the best for this machine and m.
+BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
+                                  int32_t threads, int32_t path) {
+  const Weight& w = *weight;
+  if (path < 0) {
+    path = best_path();
+    if (path == AMX) path = m < TILE_ROWS ? AVX512 : m < PANEL_ROWS[w.kind] ? AMX : FOLDED;
+  }
+  static thread_local Input buffers;
+  Input& in = buffers;
+  shape(w, path == FOLDED ? BFLOAT : w.kind, m, in);
+  const Prepare prepare = prepare_of(w, path);
+  int64_t wide = path == AMX ? 2 : 1;
+#if BITSMITH_X86 && defined(__linux__)
+  const Panels panels = path == FOLDED ? panels_of(w) : nullptr;
+  if (panels) wide = folded::width(w, threads);
+#endif
+  const Rows rows = rows_of(w, path);
+  const int64_t count = (w.row_blocks() + wide - 1) / wide;
+  const auto one = [&](int64_t row) { prepare(w, x, x_dtype, row, in); };
+  // Waking a thread costs what 16 thousand inputs do.
+  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
+  const int64_t share = std::max<int64_t>(1, count / (16 * threads)), tasks = (count + share - 1) / share;
+  pool().run(tasks, threads, [&](int64_t task) {
+    for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
+#if BITSMITH_X86 && defined(__linux__)
+      if (panels) {
+        panels(w, in, i * wide, wide, y, y_dtype);
+        continue;
+      }
+#endif
+      rows(w, in, i * wide, y, y_dtype);
+    }
+  });
+}
+
+// Dense bit stream int32 [n, ceil(k * bits / 32)] -> codes of common.h; rows and inputs beyond n and k are zeros.
+BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t n, int64_t k, int32_t bits, uint8_t* out, int32_t threads) {
+  const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
+  pool().run(count, threads, [&](int64_t nb) {
+    for (int64_t kb = 0; kb < k_blocks; ++kb) {
+      // [byte vector][row] of four codes each.
+      uint32_t lanes[8][ROWS] = {};
+      for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) {
+        uint32_t word[9] = {};
+        const uint32_t* row = stream + (nb * ROWS + r) * words + kb * bits;
+        const int64_t have = std::min<int64_t>(bits, words - kb * bits);
+        std::memcpy(word, row, static_cast<size_t>(have) * 4);
+        for (int v = 0; v < 8; ++v) {
+          const int at = 4 * v * bits;
+          const uint64_t two = word[at / 32] | static_cast<uint64_t>(word[at / 32 + 1]) << 32;
+          const uint64_t field = two >> (at % 32);
+          const uint32_t mask = (1u << bits) - 1;
+          uint32_t lane = 0;
+          for (int b = 0; b < 4; ++b) {
+            const bool inside = kb * BLOCK + 4 * v + b < k;
+            lane |= (inside ? static_cast<uint32_t>(field >> (b * bits)) & mask : 0u) << (8 * b);
+          }
+          lanes[v][r] = lane;
+        }
+      }
+      uint32_t* to = reinterpret_cast<uint32_t*>(out + (nb * k_blocks + kb) * 64 * bits);
+      int below = 0;
+      for (int width = 8; width; width /= 2) {
+        if (!(bits & width)) continue;
+        const int per = 8 / width;
+        const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+        for (int j = 0; j < width; ++j, to += ROWS)
+          for (int64_t r = 0; r < ROWS; ++r) {
+            uint32_t lane = 0;
+            for (int s = 0; s < per; ++s) lane |= (lanes[j * per + s][r] >> below & mask) << (width * s);
+            to[r] = lane;
+          }
+        below += width;
+      }
+    }
+  });
+}
+
+// The inverse of bitsmith_pack.
+BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, int32_t bits, uint32_t* out, int32_t threads) {
+  const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
+  pool().run(count, threads, [&](int64_t nb) {
+    for (int64_t kb = 0; kb < k_blocks; ++kb) {
+      uint8_t codes[8 * 64];
+      generic::unpack(packed + (nb * k_blocks + kb) * 64 * bits, bits, codes);
+      for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) {
+        uint32_t word[9] = {};
+        for (int i = 0; i < BLOCK; ++i) {
+          const uint64_t field = static_cast<uint64_t>(codes[64 * (i / 4) + 4 * r + i % 4]) << (i * bits % 32);
+          word[i * bits / 32] |= static_cast<uint32_t>(field);
+          word[i * bits / 32 + 1] |= static_cast<uint32_t>(field >> 32);
+        }
+        const int64_t have = std::min<int64_t>(bits, words - kb * bits);
+        std::memcpy(out + (nb * ROWS + r) * words + kb * bits, word, static_cast<size_t>(have) * 4);
+      }
+    }
+  });
+}
+
+// Rows of x and residual lie at row / inner * outer_stride + row % inner * inner_stride; results are dense. bfloat16.
+BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, uint16_t* y, uint16_t* total, int64_t rows,
+                                int64_t width, int64_t inner, const int64_t* strides, float eps, int32_t form, int32_t threads) {
+  pool().run(rows, rows * width < (1 << 16) ? 1 : threads, [&](int64_t row) {
+    const int64_t outer = row / inner, nth = row % inner, to = row * width;
+    const uint16_t* other = residual ? residual + outer * strides[2] + nth * strides[3] : nullptr;
+    layer::norm(x + outer * strides[0] + nth * strides[1], other, weight, y + to, total ? total + to : nullptr, width, eps, form);
+  });
+}
+
+BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
+                                 int64_t up_stride, int32_t act, int32_t threads) {
+  pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
+             [&](int64_t row) { layer::gated(gate + row * gate_stride, up + row * up_stride, y + row * width, width, act); });
+}
+
+// x [tokens, heads, d] of any strides but the last -> y dense; cosine and sine [tokens, r].
+BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const uint16_t* sine, uint16_t* y, int64_t tokens, int64_t heads, int64_t d,
+                                int64_t r, int64_t token_stride, int64_t head_stride, int32_t interleaved, int32_t threads) {
+  pool().run(tokens, tokens * heads * d < (1 << 16) ? 1 : threads, [&](int64_t t) {
+    for (int64_t h = 0; h < heads; ++h)
+      layer::rope(x + t * token_stride + h * head_stride, cosine + t * r, sine + t * r, y + (t * heads + h) * d, d, r, interleaved != 0);
+  });
+}
+
+// Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
+BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads) { layer::attend_all(*what, threads); }

@@ -1,0 +1,261 @@
+# mypy: allow-untyped-defs
+"""The small steps between the products of a decoder layer, one launch each instead of four to eight: RMS norm (with the
+residual added before it), rotary embedding of q and k, gated activation.
+
+  x, residual, y   16-bit float | float32 [.., W], last dimension contiguous; any strides before (a slice of a merged
+                   q/k/v product is read in place); results contiguous
+  weight           [W]           cos, sin  [T, R], R <= D rotary dimensions, both halves filled as transformers does
+
+Arithmetic is float32 inside with one rounding at the end, except where a model rounds in between and the values would
+otherwise be another model's: `form` of a norm says which of the three in use it is.
+
+    llama  weight * round(x / rms)         gemma  round((x / rms) * (1 + weight))         float  round(weight * x / rms)
+
+The torch twins below are the oracle, and what runs on other devices. Left out: LayerNorm, exact (erf) GELU, gradients.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .cases import Case, Target, Weight
+from .lang import EXACT, interpreted, jit, tl
+from .plans import power_of_two
+
+FORMS = ("llama", "gemma", "float")
+ACTS = ("silu", "gelu_tanh")
+_GATED_BLOCK = 1024
+
+
+@jit(do_not_specialize=["M"])
+def norm_kernel(
+    x, residual, weight, y, total, M, INNER, outer_stride, inner_stride, outer_residual, inner_residual, eps,
+    W: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row r of M is x[r // INNER, r % INNER]. `residual` and `total` (their sum, [M, W]) may be None. Grid
+    (ceil(M / ROWS),)."""
+    r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    inside = (r < M)[:, None] & (c < W)[None, :]
+    at = (r // INNER * outer_stride + r % INNER * inner_stride)[:, None] + c[None, :]
+    h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    out = r[:, None] * W + c[None, :]
+    if residual is not None:
+        at = (r // INNER * outer_residual + r % INNER * inner_residual)[:, None] + c[None, :]
+        h += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
+        # The model's residual stream is in its own dtype.
+        rounded = h.to(total.dtype.element_ty)
+        tl.store(total + out, rounded, mask=inside)
+        h = rounded.to(tl.float32)
+    h *= tl.rsqrt(tl.sum(h * h, 1) / W + eps)[:, None]
+    w = tl.load(weight + c, mask=c < W, other=0).to(tl.float32)[None, :]
+    if FORM == "llama":
+        h = h.to(y.dtype.element_ty).to(tl.float32) * w
+    elif FORM == "gemma":
+        h = h * (1.0 + w)
+    else:
+        h = h * w
+    tl.store(y + out, h.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def rope_kernel(
+    q, k, cos, sin, q_out, k_out, q_token, q_head, k_token, k_head, HQ, HK,
+    D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Heads of q and k one after the other. HALF, TAIL: powers of two of at least R / 2 and D - R (0: nothing to copy).
+    Grid (T, ceil((HQ + HK) / HEADS))."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    i = tl.arange(0, HALF)
+    if INTERLEAVED:
+        first, second = 2 * i, 2 * i + 1
+    else:
+        first, second = i, i + R // 2
+    c = tl.load(cos + t * R + first, mask=i < R // 2, other=0).to(tl.float32)[None, :]
+    s = tl.load(sin + t * R + first, mask=i < R // 2, other=0).to(tl.float32)[None, :]
+    is_q, is_k = h < HQ, (h >= HQ) & (h < HQ + HK)
+    q_in, k_in = q + t * q_token + h[:, None] * q_head, k + t * k_token + (h - HQ)[:, None] * k_head
+    q_at, k_at = q_out + (t * HQ + h)[:, None] * D, k_out + (t * HK + h - HQ)[:, None] * D
+    of_q, of_k = is_q[:, None] & (i < R // 2)[None, :], is_k[:, None] & (i < R // 2)[None, :]
+    a = tl.where(of_q, tl.load(q_in + first, mask=of_q, other=0), tl.load(k_in + first, mask=of_k, other=0))
+    b = tl.where(of_q, tl.load(q_in + second, mask=of_q, other=0), tl.load(k_in + second, mask=of_k, other=0))
+    a, b = a.to(tl.float32), b.to(tl.float32)
+    low, high = (a * c - b * s).to(q_out.dtype.element_ty), (b * c + a * s).to(q_out.dtype.element_ty)
+    tl.store(q_at + first, low, mask=of_q)
+    tl.store(q_at + second, high, mask=of_q)
+    tl.store(k_at + first, low, mask=of_k)
+    tl.store(k_at + second, high, mask=of_k)
+    if TAIL:
+        j = tl.arange(0, TAIL) + R
+        of_q, of_k = is_q[:, None] & (j < D)[None, :], is_k[:, None] & (j < D)[None, :]
+        tl.store(q_at + j, tl.load(q_in + j, mask=of_q, other=0), mask=of_q)
+        tl.store(k_at + j, tl.load(k_in + j, mask=of_k, other=0), mask=of_k)
+
+
+@jit
+def gated_kernel(gate, up, y, W, gate_stride, up_stride, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    """y [M, W] = act(gate) * up. Grid (M, ceil(W / BLOCK))."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + r * gate_stride + c, mask=c < W, other=0).to(tl.float32)
+    u = tl.load(up + r * up_stride + c, mask=c < W, other=0).to(tl.float32)
+    # gelu_tanh: 1 + tanh(z) = 2 * sigmoid(2 z)
+    inner = g if ACT == "silu" else 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    tl.store(y + r * W + c, (g * tl.sigmoid(inner) * u).to(y.dtype.element_ty), mask=c < W)
+
+
+def norm_twin(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
+    """x [.., W] -> x's dtype, in the steps transformers' models write."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if form == "llama":
+        return weight * h.to(x.dtype)
+    return (h * (1.0 + weight.float() if form == "gemma" else weight.float())).to(x.dtype)
+
+
+def rope_twin(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """q [T, HQ, D], k [T, HK, D], cos and sin [T, R] -> the same shapes and dtypes, in float32 inside."""
+    r = cos.shape[-1]
+    step = slice(0, r, 2) if interleaved else slice(0, r // 2)
+    c, s = cos.float()[:, None, step], sin.float()[:, None, step]
+
+    def turn(x: Tensor) -> Tensor:
+        h = x[..., :r].float()
+        a, b = (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, -1)
+        low, high = a * c - b * s, b * c + a * s
+        turned = torch.stack([low, high], -1).flatten(-2) if interleaved else torch.cat([low, high], -1)
+        return torch.cat([turned.to(x.dtype), x[..., r:]], -1)
+
+    return turn(q), turn(k)
+
+
+def gated_twin(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    g = gate.float()
+    return ((F.silu(g) if act == "silu" else F.gelu(g, approximate="tanh")) * up.float()).to(gate.dtype)
+
+
+def _on_device(x: Tensor) -> bool:
+    return x.is_cuda or interpreted()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[A, B, W] with W contiguous: a view where the leading dimensions can be merged."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+
+
+def _norm_options(width: int) -> dict[str, Any]:
+    """About 2048 numbers a program: many short rows (q and k norms), or one long one."""
+    block = power_of_two(width)
+    return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4 if block <= 4096 else 8, **EXACT}
+
+
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return y, total
+    rows, width = _rows(x), x.shape[-1]
+    more = rows if residual is None else _rows(residual)
+    options = _norm_options(width)
+    count = rows.shape[0] * rows.shape[1]
+    norm_kernel[(-(-count // options["ROWS"]),)](
+        rows, None if residual is None else more, weight.contiguous(), y, None if residual is None else total,
+        count, rows.shape[1], *rows.stride()[:2], *more.stride()[:2], eps, width, form, **options,
+    )  # fmt: skip
+    return y, total
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
+    if _on_device(x):
+        return _launch_norm(x, None, weight, eps, form)[0]
+    return norm_twin(x, weight, eps, form).contiguous()
+
+
+def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
+    if _on_device(x):
+        return _launch_norm(x, residual, weight, eps, form)
+    total = (x + residual).contiguous()
+    return norm_twin(total, weight, eps, form), total
+
+
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if not _on_device(q):
+        a, b = rope_twin(q, k, cos, sin, interleaved)
+        return a.contiguous(), b.contiguous()
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
+    (tokens, hq, d), hk, r = q.shape, k.shape[1], cos.shape[-1]
+    if tokens:
+        heads = min(8, power_of_two(hq + hk))
+        rope_kernel[(tokens, -(-(hq + hk) // heads))](
+            q, k, cos.contiguous(), sin.contiguous(), *out, *q.stride()[:2], *k.stride()[:2], hq, hk, d, r,
+            interleaved, heads, power_of_two(r // 2), power_of_two(d - r) if d > r else 0, num_warps=4, **EXACT,
+        )  # fmt: skip
+    return out[0], out[1]
+
+
+def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    if not _on_device(gate):
+        return gated_twin(gate, up, act).contiguous()
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if y.numel():
+        width = gate.shape[-1]
+        a, b = (x.reshape(-1, width) for x in (gate, up))
+        a, b = (x if x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+        gated_kernel[(a.shape[0], -(-width // _GATED_BLOCK))](
+            a, b, y, width, a.stride(0), b.stride(0), act, _GATED_BLOCK, num_warps=4, **EXACT
+        )
+    return y
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _two_like(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+# form: one of FORMS. add_rms_norm gives (norm of x + residual, x + residual).
+rms_norm = ops.define("rms_norm(Tensor x, Tensor weight, float eps, str form) -> Tensor", _norm, _like)
+add_rms_norm = ops.define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
+    _add_norm,
+    _two_like,
+)
+# q [T, HQ, D], k [T, HK, D], cos and sin [T, R]; interleaved: a pair is two neighbours, not two halves.
+rope = ops.define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)", _rope, _two_like
+)
+# act: one of ACTS.
+gated = ops.define("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _like)
+
+
+def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
+    """A 4096-wide norm of each form, one with a residual, a q norm; rotary of 32 + 8 heads of 128; both activations."""
+    p = f"*{target.dtype}"
+    strides = dict.fromkeys(("INNER", "outer_stride", "inner_stride", "outer_residual", "inner_residual"), "i32")
+    plain = {"x": p, "residual": None, "weight": p, "y": p, "total": None, "M": "i32", **strides, "eps": "fp32"}
+    norms = [(form, form, 4096, plain) for form in FORMS]
+    norms += [("llama+residual", "llama", 4096, {**plain, "residual": p, "total": p}), ("head", "llama", 128, plain)]
+    for name, form, width, arguments in norms:
+        options = _norm_options(width)
+        tile = {"ROWS": options.pop("ROWS"), "BLOCK": options.pop("BLOCK"), "W": width, "FORM": form}
+        yield Case("rms_norm", 1, name, "fused", norm_kernel, arguments, tile, options, target.dtype)
+    names = ("q", "k", "cos", "sin", "q_out", "k_out")
+    turns: dict[str, Any] = dict.fromkeys(names, p)
+    turns |= dict.fromkeys(("q_token", "q_head", "k_token", "k_head", "HQ", "HK"), "i32")
+    for name, interleaved in (("half", False), ("interleaved", True)):
+        tile = {"D": 128, "R": 128, "INTERLEAVED": interleaved, "HEADS": 8, "HALF": 64, "TAIL": 0}
+        yield Case("rope", 1, name, "fused", rope_kernel, turns, tile, {"num_warps": 4, **EXACT}, target.dtype)
+    both = {"gate": p, "up": p, "y": p, **dict.fromkeys(("W", "gate_stride", "up_stride"), "i32")}
+    for act in ACTS:
+        tile = {"ACT": act, "BLOCK": _GATED_BLOCK}
+        yield Case("gated", 1, act, "fused", gated_kernel, both, tile, {"num_warps": 4, **EXACT}, target.dtype)

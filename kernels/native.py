@@ -1,0 +1,269 @@
+"""The native CPU library: every family whose value depends on the code alone, at memory speed for few rows and on the
+matrix units for many.
+
+`kernels/cpp/` is one C++ translation unit, compiled by the package's build where there is a compiler and absent
+otherwise (`library()` is None; kernels/cpu.py then uses what torch has). It is chosen over torch's own low-bit operators
+by measurement (results/LOG.md).
+
+    affine                 activations rounded to int8, a step of their own for at most 128 inputs of a row (llama.cpp: 32);
+                           integer dot products are exact
+    minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums
+
+`BITSMITH_ACT=bf16` keeps bfloat16 activations for affine weights too. What int8 activations cost in KL divergence is in
+results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
+"""
+
+import ctypes
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import bits
+from .families import family
+from .pieces import straighten
+from .qtensor import QTensor
+from .spec import ROW_TABLE, Spec
+
+log = logging.getLogger(__name__)
+
+PATHS = ("generic", "avx2", "avx512", "amx", "folded")
+ROWS, BLOCK = 16, 32
+_INT8, _BFLOAT = 0, 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+_E8M0 = 4
+# Table look-up of 8-bit codes takes bit 7 as the sign.
+_MAGNITUDES = 128
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` of cpp/common.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "supers", "scale_table", "values")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_rows", "per_super")),
+        *((name, ctypes.c_float) for name in ("zero", "scale_offset")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype")),
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, or None where the package was built without a compiler."""
+    found = sorted(Path(__file__).parent.glob("_native*.so")) + sorted(Path(__file__).parent.glob("_native*.pyd"))
+    if not found:
+        log.info("no native CPU kernels in this installation (no C++ compiler when it was built): using torch's own")
+        return None
+    lib = ctypes.CDLL(str(found[-1]))
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
+    lib.bitsmith_pack.argtypes = lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
+    for name in ("linear", "pack", "unpack"):
+        getattr(lib, f"bitsmith_{name}").restype = None
+    return lib
+
+
+def best_path() -> str:
+    """The widest instructions this processor has: one of PATHS, or "" without the library."""
+    lib = library()
+    return PATHS[lib.bitsmith_path()] if lib else ""
+
+
+@dataclass(frozen=True)
+class NativeLinear:
+    """x -> x @ W.T of a weight in the library's layout. Made by `pack`."""
+
+    # Of the tensor it was made from; shapes holds those of its parts, in their order.
+    spec: Spec
+    shape: tuple[int, int]
+    shapes: Mapping[str, torch.Size]
+    extra: Mapping[str, Tensor]
+    # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
+    parts: Mapping[str, Tensor]
+    _weight: _Weight = field(repr=False)
+    # Derived, small: kept alive for `_weight`.
+    _values: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return "native-a8" if self._weight.kind == _INT8 else "native"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.parts.values())
+
+    def __call__(self, x: Tensor, path: str = "") -> Tensor:
+        """x [M, K] contiguous, float32, bfloat16 or float16, columns in packed order -> [M, N] in x's dtype.
+
+        path: one of PATHS, for tests and measurements; the best of this machine if empty.
+        """
+        y = torch.empty(x.shape[0], self.shape[0], dtype=x.dtype)
+        dtype = _DTYPES[x.dtype]
+        lib = library()
+        assert lib is not None
+        lib.bitsmith_linear(
+            ctypes.byref(self._weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype,
+            torch.get_num_threads(), PATHS.index(path) if path else -1,
+        )  # fmt: skip
+        return y
+
+    def qtensor(self) -> QTensor:
+        """The QTensor this was made from, bit for bit."""
+        found = dict(self.parts)
+        n, k = self.shape
+        found["codes"] = unpack_codes(found["codes"], n, k, self.spec.bits)
+        for name in ("scales", "zeros"):
+            if name in found and self._weight.scale_rows == 1:
+                found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
+        parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
+        return QTensor(self.spec, self.shape, parts, self.extra)
+
+
+def supports(q: QTensor) -> bool:
+    """Whether `pack` can take `q` on this machine."""
+    if not library():
+        return False
+    plain = straighten(q).spec
+    group = q.shape[1] if plain.group == -1 else plain.group
+    if (
+        plain.view
+        or plain.vec > 1
+        or plain.bits > 8
+        or (group % BLOCK and group < q.shape[1])
+        or (plain.rows > 1 and plain.rows % ROWS)
+    ):
+        return False
+    if _kind(plain) == _INT8:
+        return True
+    if best_path() not in ("avx512", "amx") or plain.family not in ("affine", "minifloat", "codebook"):
+        return False
+    if plain.table == ROW_TABLE:
+        return False
+    table = _table(q)
+    return table is not None
+
+
+def pack(q: QTensor) -> NativeLinear:
+    """`q` in the library's layout; `supports(q)` must be true."""
+    plain = straighten(q)
+    spec, (n, k) = plain.spec, q.shape
+    kind = _kind(spec)
+    parts = {name: t for name, t in plain.parts.items() if name != "perm"}
+    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
+    rows = scale_rows(spec, n)
+    for name in ("scales", "zeros"):
+        if name in parts and rows == 1:
+            parts[name] = _by_block(parts[name].reshape(n, -1))
+    values = None if kind == _INT8 else _table(q)
+    weight = _Weight(
+        n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
+        zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
+        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
+        scale_dtype=_E8M0 if spec.scale == "e8m0" else _DTYPES[parts["scales"].dtype],
+        values=None if values is None else values.data_ptr(),
+    )  # fmt: skip
+    if "zeros" in parts:
+        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), _DTYPES[parts["zeros"].dtype]
+    if spec.two_level:
+        _second_level(weight, parts, spec)
+    if "perm" in q.parts:
+        parts["perm"] = q.parts["perm"]
+    shapes = {name: t.shape for name, t in q.parts.items()}
+    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
+
+
+def scale_rows(spec: Spec, n: int) -> int:
+    """Output rows that share a scale, in whole blocks where it is more than one."""
+    return spec.rows if spec.rows > 0 else -(-n // ROWS) * ROWS
+
+
+def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
+    """Dense bit stream int32 [n, words] -> uint8 codes of cpp/common.h."""
+    lib = library()
+    assert lib is not None
+    # 64 bytes of slack to align: the kernels load whole cache lines.
+    out = torch.empty(-(-n // ROWS) * -(-k // BLOCK) * 64 * width, dtype=torch.uint8)
+    stream = stream.reshape(n, -1).contiguous()
+    assert stream.shape[1] == bits.words(k, width)
+    lib.bitsmith_pack(stream.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
+    """The inverse of `pack_codes`: int32 [n, words]."""
+    lib = library()
+    assert lib is not None
+    out = torch.empty(n, bits.words(k, width), dtype=torch.int32)
+    lib.bitsmith_unpack(packed.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def rounded_activations(x: Tensor, group: int) -> Tensor:
+    """The torch twin of what int8 products do to x [M, K]: float32, each chunk of a row rounded to 255 steps.
+
+    A chunk is the largest of 128, 64 and 32 inputs that divides the weight's group, 128 where a whole row is one.
+    """
+    k = x.shape[1]
+    chunk = 128 if group >= k or group % 128 == 0 else 64 if group % 64 == 0 else 32
+    wide = torch.nn.functional.pad(x.float(), (0, -k % chunk)).unflatten(1, (-1, chunk))
+    step = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
+    return (codes * step).flatten(1)[:, :k]
+
+
+def int8_activations() -> bool:
+    """Whether affine weights may meet int8 activations. UserError for an unknown BITSMITH_ACT."""
+    found = os.environ.get("BITSMITH_ACT", "int8")
+    if found not in ("int8", "bf16"):
+        raise UserError(f"BITSMITH_ACT is {found!r}; accepted: int8 (the default) or bf16")
+    return found == "int8"
+
+
+def _kind(spec: Spec) -> int:
+    return _INT8 if spec.family == "affine" and int8_activations() else _BFLOAT
+
+
+def _table(q: QTensor) -> Tensor | None:
+    """bfloat16 [256] of the values of all codes (less a fixed zero point), or None where the library cannot look them
+    up: 8-bit codes whose bit 7 is not a sign."""
+    spec = q.spec
+    kind = family(spec)
+    codes = torch.arange(1 << spec.bits, dtype=torch.uint8)
+    values = kind.value(spec, codes[None], q.parts)[0]
+    zero = kind.fixed_zero(spec)
+    if zero is not None:
+        values = values - zero
+    found = values.to(torch.bfloat16)
+    if spec.bits == 8:
+        low, high = found[:_MAGNITUDES], found[_MAGNITUDES:]
+        if not torch.equal(low.view(torch.int16) | -0x8000, high.view(torch.int16)):
+            return None
+    return torch.cat([found, torch.zeros(256 - found.numel(), dtype=torch.bfloat16)])
+
+
+def _by_block(t: Tensor) -> Tensor:
+    """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
+    n, groups = t.shape
+    padded = torch.zeros(-(-n // ROWS) * ROWS, groups, dtype=t.dtype)
+    padded[:n] = t
+    return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+
+
+def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
+    level = spec.two_level
+    assert level is not None
+    weight.per_super = level[1]
+    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), _DTYPES[parts["super_scales"].dtype]
+    if "scale_table" in parts:
+        weight.scale_table = parts["scale_table"].data_ptr()
+    if "scale_offset" in parts:
+        weight.scale_offset = float(parts["scale_offset"])
+
+
+__all__ = ["PATHS", "NativeLinear", "best_path", "library", "pack", "supports"]

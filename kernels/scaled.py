@@ -1,0 +1,358 @@
+# mypy: allow-untyped-defs
+"""y = x @ W.T in 8-bit tensor cores: activations are quantized per token (activation.py) and meet the stored codes; no
+weight is decoded.
+
+    kind   weight                                            instruction             runs where
+    int8   affine8 .sym, a scale a row or group              int8 x int8 -> int32    sm_80 and newer, AMD
+    fp8    minifloat8.e4m3, per tensor, row, group or tile   e4m3 x e4m3 -> float32  sm_89 and newer
+    mx     minifloat8.e4m3.g32.e8m0                          scaled e4m3 blocks      sm_100 and sm_103 (tcgen05)
+
+Elsewhere dispatch rounds the activations and decodes the weights: the same product, by other means. sm_75 has an int8
+instruction that Triton does not emit; sm_120 runs `tl.dot_scaled` as bfloat16; gfx942's E4M3 is another format.
+
+  x        the quantized activations, int8 | float8e4nv [M, K]
+  steps    float32 [M, 1], [M, G]; mx: uint8 [M, G]
+  weight   int8 | float8e4nv | uint8 (two E2M1 codes, low one first) [N, STRIDE]: the rows of the QTensor's bit stream
+           as they are (int8: the codes with the top bit flipped, which is code - 128), so nothing is packed anew
+  scales   as in the QTensor, [R', G]
+  y        [S, M, N] as in matmul.py, float32 partial sums where the split of K is above 1
+
+int8 products are exact. FP8 products are added in float32 every BK inputs: Hopper's tensor cores keep 14 bits of a sum.
+Left out: `torch._scaled_mm` and `_int_mm` for many rows, 4-bit weights times int8 (decoded), FP4 activations. The
+kernel for MX takes E2M1 weights (MXFP4) too; no spec leads there yet.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import activation, ops
+from .cases import Case, Target, Weight
+from .cuda import parse, processors_of
+from .lang import EXACT, HAVE_TRITON, jit, tl
+from .matmul import share, split_sum
+from .plans import Plan, power_of_two
+from .qtensor import QTensor
+from .spec import Spec
+
+LEAST = {"int8": 80, "fp8": 89, "mx": 100}
+# tcgen05 of the data-centre Blackwells; sm_110 and sm_120 have other instructions.
+_MX_BELOW = 110
+_SUM_BLOCK = 1024
+_TORCH = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "mx": torch.float8_e4m3fn}
+
+
+@jit
+def _round(v):
+    """To the nearest integer, ties to even; |v| < 2**22."""
+    return (v + 12582912.0) - 12582912.0
+
+
+@jit
+def _to_e4m3(v):
+    """float32 that E4M3 holds exactly, ties to even: four significant bits, a step of 2**-9 below 2**-6."""
+    v = tl.minimum(tl.maximum(v, -448.0), 448.0)
+    bits = v.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    small = _round(v * 512.0) * 0.001953125
+    return tl.where(tl.abs(v) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+
+
+@jit
+def quantize_kernel(
+    x, q, steps, K, G: tl.constexpr, KIND: tl.constexpr, TOP: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] -> q [M, K], steps [M, G], SIZE inputs a step. BLOCK: a power of two of at least SIZE; GROUPS: steps a
+    program. Grid (M, ceil(G / GROUPS))."""
+    m = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    c = tl.arange(0, BLOCK)
+    k = g[:, None] * SIZE + c[None, :]
+    inside = (c < SIZE)[None, :] & (k < K)
+    v = tl.load(x + m * K + k, mask=inside, other=0).to(tl.float32)
+    step = tl.div_rn(tl.maximum(tl.max(tl.abs(v), 1), 1e-12), TOP)
+    if KIND == "mx":
+        bits = step.to(tl.int32, bitcast=True)
+        stored = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
+        tl.store(steps + m * G + g, stored.to(tl.uint8), mask=g < G)
+        step = (stored << 23).to(tl.float32, bitcast=True)
+    else:
+        tl.store(steps + m * G + g, step, mask=g < G)
+    v = tl.div_rn(v, tl.broadcast_to(step[:, None], (GROUPS, BLOCK)))
+    v = _round(v) if KIND == "int8" else _to_e4m3(v)
+    tl.store(q + m * K + k, v.to(q.dtype.element_ty), mask=inside)
+
+
+@jit
+def _scale_row(scales, g, rn, N, K, SPEC: tl.constexpr):
+    """float32 [BN]: scales of group g."""
+    count = 1 if SPEC.group == -1 else tl.cdiv(K, SPEC.group)
+    row = rn * 0 if SPEC.rows == -1 else rn // SPEC.rows
+    return tl.load(scales + row * count + g, mask=rn < N, other=0).to(tl.float32)
+
+
+@jit(do_not_specialize=["M"])
+def scaled(
+    x, steps, weight, scales, y, M, N, K, STRIDE,
+    SPEC: tl.constexpr, STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """int8 and fp8. STEP: inputs a step of x, -1 = all; a group of W is -1 or a multiple of BK, and so is STEP. Grid
+    (ceil(N / BN), S, ceil(M / BM))."""
+    rm = tl.program_id(2) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    first, last = share(K, BK, 1)
+    whole = tl.full((BM, BN), 0, tl.int32)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(first, last):
+        rk = step * BK + tl.arange(0, BK)
+        a = tl.load(
+            x + rm[:, None].to(tl.int64) * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0.0
+        )
+        at = weight + rn[None, :].to(tl.int64) * STRIDE + rk[:, None]
+        b = tl.load(at, mask=(rn < N)[None, :] & (rk < K)[:, None], other=0.0)
+        if SPEC.group == -1 and a.dtype == tl.int8:
+            whole = tl.dot(a, b, whole, out_dtype=tl.int32)
+        else:
+            part = tl.dot(a, b, out_dtype=tl.int32 if a.dtype == tl.int8 else tl.float32).to(tl.float32)
+            if SPEC.group != -1:
+                part *= _scale_row(scales, step * BK // SPEC.group, rn, N, K, SPEC)[None, :]
+            if STEP != -1:
+                part *= tl.load(steps + rm * tl.cdiv(K, STEP) + step * BK // STEP, mask=rm < M, other=0)[:, None]
+            acc += part
+    if SPEC.group == -1:
+        acc = (acc + whole.to(tl.float32)) * _scale_row(scales, 0, rn, N, K, SPEC)[None, :]
+    if STEP == -1:
+        acc *= tl.load(steps + rm, mask=rm < M, other=0)[:, None]
+    out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+@jit(do_not_specialize=["M"])
+def scaled_mx(
+    x, steps, weight, scales, y, M, N, K, STRIDE,
+    FORMAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """MX: a power of two per 32 inputs on both sides. FORMAT of the weight: e4m3, or e2m1 two a byte. K divides by 32.
+    Grid as `scaled`."""
+    rm = tl.program_id(2) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    PER: tl.constexpr = 2 if FORMAT == "e2m1" else 1
+    first, last = share(K, BK, 1)
+    acc = tl.zeros((BM, BN), tl.float32)
+    for step in range(first, last):
+        rk = step * BK + tl.arange(0, BK)
+        rb = step * (BK // PER) + tl.arange(0, BK // PER)
+        rg = step * (BK // 32) + tl.arange(0, BK // 32)
+        a = tl.load(
+            x + rm[:, None].to(tl.int64) * K + rk[None, :], mask=(rm < M)[:, None] & (rk < K)[None, :], other=0.0
+        )
+        a_step = tl.load(
+            steps + rm[:, None] * (K // 32) + rg[None, :], mask=(rm < M)[:, None] & (rg < K // 32)[None, :], other=0
+        )
+        at = weight + rn[None, :].to(tl.int64) * STRIDE + rb[:, None]
+        b = tl.load(at, mask=(rn < N)[None, :] & (rb < K // PER)[:, None], other=0.0)
+        b_step = tl.load(
+            scales + rn[:, None] * (K // 32) + rg[None, :], mask=(rn < N)[:, None] & (rg < K // 32)[None, :], other=0
+        )
+        acc = tl.dot_scaled(a, a_step, "e4m3", b, b_step, FORMAT, acc)
+    out = y + (tl.program_id(1) * M + rm)[:, None] * N + rn[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(rm < M)[:, None] & (rn < N)[None, :])
+
+
+def plan(rows: int, shape: tuple[int, int], spec: Spec, processors: int) -> Plan:
+    """Tile and split of K for `rows` rows; any capability that launches it."""
+    n, k = shape
+    bk = 128 if spec.group == -1 or spec.group % 128 == 0 else spec.group
+    if activation.kind(spec) == "mx":
+        tile, warps, stages = {"BM": 128, "BN": 64 if rows <= 128 else 128, "BK": 128}, 4, 3
+    elif rows <= 64:
+        tile, warps, stages = {"BM": max(16, power_of_two(rows)), "BN": 64, "BK": bk}, 4, 4
+    else:
+        # A second tile of sums where groups have scales: 128 outputs would spill (336 bytes on sm_100).
+        tile, warps, stages = {"BM": 128, "BN": 128 if spec.group == -1 else 64, "BK": min(bk, 64)}, 8, 3
+    programs = -(-n // tile["BN"]) * -(-rows // tile["BM"])
+    # Partial sums, 8 bytes each, under an eighth of the weights' bytes: 8 * rows * split <= k / 8.
+    split = max(1, min(2 * processors // programs, k // (64 * rows), -(-k // tile["BK"])))
+    return Plan("scaled_mx" if activation.kind(spec) == "mx" else "scaled", tile, warps, stages, split)
+
+
+def problem(q: QTensor, capability: int) -> str:
+    """Why `q` cannot be multiplied natively on a GPU of that capability, or ""."""
+    return machine_problem(activation.kind(q.spec), capability) or layout_problem(q.spec, q.shape[1])
+
+
+def machine_problem(kind: str, capability: int) -> str:
+    """Why a GPU has no dot of that kind, or ""."""
+    if not HAVE_TRITON:
+        return "triton is missing"
+    if capability < LEAST[kind] or (kind == "mx" and capability >= _MX_BELOW):
+        return f"sm_{capability} has no {kind} dot"
+    return ""
+
+
+def layout_problem(spec: Spec, k: int) -> str:
+    """Why a native dot cannot take this weight of `k` inputs anywhere, or ""."""
+    kind = activation.kind(spec)
+    if kind == "int8" and (spec.family, spec.bits, spec.zero) != ("affine", 8, "sym"):
+        return f"{spec}: only symmetric 8-bit codes are int8 as they are"
+    if kind != "int8" and spec.table != "e4m3":
+        return f"{spec}: only E4M3 codes go into the dot as they are"
+    if spec.view or spec.two_level or (kind == "fp8" and spec.scale == "e8m0"):
+        return f"{spec}: its scales are not one plain level per row and group"
+    if spec.group != -1 and (spec.group not in (32, 64) and spec.group % 128):
+        return f"{spec}: a group must be 32, 64 or a multiple of 128 inputs"
+    if kind == "mx" and k % 32:
+        return f"{spec}: {k} inputs are not whole groups"
+    if any(step != "perm" for step in spec.pre) or spec.post:
+        return f"{spec}: it has steps around the product"
+    return ""
+
+
+@dataclass(frozen=True)
+class ScaledMatmul:
+    """x -> x @ W.T with 8-bit activations, natively. Made by `prepare`."""
+
+    name: str
+    # Its codes are in `weight`.
+    q: QTensor
+    weight: Tensor
+    dtype: torch.dtype
+    perm: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., K], any float dtype and strides -> [..., N] in x's dtype."""
+        n, k = self.q.shape
+        rows = x.reshape(-1, k).to(self.dtype)
+        if not rows.shape[0]:
+            return x.new_empty(*x.shape[:-1], n)
+        rows = rows.contiguous() if self.perm is None else rows.index_select(1, self.perm)
+        y: Tensor = multiply(rows, self.weight, self.q.parts["scales"], str(_core(self.q.spec)), n)
+        return y.to(x.dtype).view(*x.shape[:-1], n)
+
+    def qtensor(self) -> QTensor:
+        """The QTensor this was made from, bit for bit."""
+        codes = self.weight.view(torch.uint8)
+        codes = (codes ^ 0x80 if activation.kind(self.q.spec) == "int8" else codes).view(torch.int32)
+        return replace(self.q, parts={"codes": codes, **self.q.parts})
+
+
+def _core(spec: Spec) -> Spec:
+    """What the kernel is compiled for."""
+    return replace(spec, pre=(), act="")
+
+
+def prepare(q: QTensor, dtype: torch.dtype) -> ScaledMatmul:
+    """`problem(q, ...)` must be empty; `dtype` is that of the activations before they are quantized."""
+    kind = activation.kind(q.spec)
+    raw = q.parts["codes"].view(torch.uint8)
+    weight = (raw ^ 0x80).view(torch.int8) if kind == "int8" else raw.view(torch.float8_e4m3fn)
+    rest = {name: t for name, t in q.parts.items() if name != "codes"}
+    perm = q.parts["perm"].long() if "perm" in q.spec.pre else None
+    return ScaledMatmul(f"triton-{kind}", replace(q, parts=rest), weight, dtype, perm)
+
+
+def quantize(x: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """`activation.quantize` of x [M, K] contiguous, in one launch."""
+    kind, (m, k) = activation.kind(spec), x.shape
+    size = activation.group(spec) if activation.group(spec) > 0 else k
+    groups, block = -(-k // size), power_of_two(size)
+    q = torch.empty(m, k, dtype=_TORCH[kind], device=x.device)
+    steps = torch.empty(m, groups, dtype=torch.uint8 if kind == "mx" else torch.float32, device=x.device)
+    each = max(1, 2048 // block)
+    quantize_kernel[(m, -(-groups // each))](
+        x, q, steps, k, groups, kind, activation.TOPS[kind], size, each, block,
+        num_warps=4 if block <= 4096 else 8 if block <= 8192 else 16, **EXACT,
+    )  # fmt: skip
+    return q, steps
+
+
+def _multiply(x: Tensor, weight: Tensor, scales: Tensor, spec: str, n: int) -> Tensor:
+    found, (m, k) = parse(spec), x.shape
+    how = plan(m, (n, k), found, processors_of(x.device))
+    q, steps = quantize(x, found)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    out = y if how.split == 1 else torch.empty(how.split, m, n, dtype=torch.float32, device=x.device)
+    grid: tuple[int, ...] = (-(-n // how.tile["BN"]), how.split, -(-m // how.tile["BM"]))
+    shared = (q, steps, weight, scales, out, m, n, k, weight.stride(0))
+    if how.kernel == "scaled_mx":
+        scaled_mx[grid](*shared, "e4m3", **how.tile, **how.options)
+    else:
+        scaled[grid](*shared, found, activation.group(found), **how.tile, **how.options)
+    if how.split > 1:
+        split_sum[(-(-m * n // _SUM_BLOCK),)](out, y, how.split, m * n, BLOCK=_SUM_BLOCK, num_warps=4, **EXACT)
+    return y
+
+
+def _multiply_fake(x: Tensor, weight: Tensor, scales: Tensor, spec: str, n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+multiply = ops.define(
+    "scaled(Tensor x, Tensor weight, Tensor scales, str spec, int n) -> Tensor", _multiply, _multiply_fake
+)
+
+_AOT_SPECS = {
+    "int8": ("affine8.channel.sym", "affine8.g128.sym"),
+    "fp8": ("minifloat8.e4m3.channel.f32", "minifloat8.e4m3.g128x128.f32"),
+    "mx": ("minifloat8.e4m3.g32.e8m0",),
+}
+_TYPES = {"int8": "*i8", "fp8": "*fp8e4nv", "mx": "*fp8e4nv"}
+
+
+def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
+    """Both steps of the kinds a target has, for one token and for many rows."""
+    for kind, specs in _AOT_SPECS.items():
+        if machine_problem(kind, target.capability) or (target.amd and kind != "int8"):
+            continue
+        for spec in map(Spec.parse, specs):
+            yield _quantize_case(target, kind, spec)
+            for rows in (1, 256):
+                yield _scaled_case(target, kind, spec, rows)
+
+
+def _quantize_case(target: Target, kind: str, spec: Spec) -> Case:
+    k = 4096
+    size = activation.group(spec) if activation.group(spec) > 0 else k
+    arguments = {
+        "x": f"*{target.dtype}",
+        "q": _TYPES[kind],
+        "steps": "*u8" if kind == "mx" else "*fp32",
+        "K": "i32",
+    }
+    constants = {
+        "G": k // size, "KIND": kind, "TOP": activation.TOPS[kind], "SIZE": size, "GROUPS": max(1, 2048 // size),
+        "BLOCK": size,
+    }  # fmt: skip
+    return Case(
+        "quantize",
+        1,
+        str(spec),
+        spec.family,
+        quantize_kernel,
+        arguments,
+        constants,
+        {"num_warps": 4, **EXACT},
+        target.dtype,
+    )
+
+
+def _scaled_case(target: Target, kind: str, spec: Spec, rows: int) -> Case:
+    how = plan(rows, (4096, 4096), spec, 108)
+    arguments: dict[str, Any] = {
+        "x": _TYPES[kind], "steps": "*u8" if kind == "mx" else "*fp32", "weight": _TYPES[kind],
+        "scales": {"f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}[spec.scale],
+        "y": "*fp32" if how.split > 1 else f"*{target.dtype}", **dict.fromkeys(("M", "N", "K", "STRIDE"), "i32"),
+    }  # fmt: skip
+    extra = {"FORMAT": "e4m3"} if kind == "mx" else {"SPEC": spec, "STEP": activation.group(spec)}
+    fn = scaled_mx if kind == "mx" else scaled
+    return Case(
+        how.kernel, rows, str(spec), spec.family, fn, arguments, {**extra, **how.tile}, how.options, target.dtype
+    )

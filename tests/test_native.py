@@ -1,0 +1,283 @@
+"""The native CPU library against its torch twins: every instruction set this machine has, every storage, awkward shapes."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from bitsmith.errors import UserError
+from bitsmith.kernels import bits, codebook, dispatch, fused, native, native_layer
+from bitsmith.kernels.affine import zero_dtype
+from bitsmith.kernels.attention import paged_attention
+from bitsmith.kernels.families import scale_dtype, scale_shape
+from bitsmith.kernels.minifloat import FLOATS
+from bitsmith.kernels.qtensor import QTensor, matrix_shape
+from bitsmith.kernels.spec import Spec
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="built without a C++ compiler: no native library")
+
+SPECS = (
+    "affine1.g128.sym", "affine2.g64.zf16", "affine3.g64.asym", "affine4.g128.sym", "affine4.g32.asym", "affine4.channel.asym",
+    "affine5.g128.asym.bf16", "affine6.g64.asym", "affine7.g128.asym.f32", "affine8.g128.asym", "affine8.channel.sym.f32",
+    "minifloat8.e4m3.g128x128.f32", "minifloat8.e4m3.channel.f32", "minifloat8.e5m2.tensor.f32",
+    "codebook4.nf4.g64.f32", "codebook4.nf4.g64.u8:f32:256", "codebook4.fp4.g64.bf16",
+)  # fmt: skip
+# Rows and inputs that fill blocks and that do not.
+SHAPES = ((48, 256), (33, 160), (16, 128), (1, 64), (40, 608))
+ROWS = (1, 2, 3, 5, 8, 16, 17, 33, 70)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every buffer starts as NaN, so an output left unwritten shows."""
+    real = torch.empty
+
+    def empty(*size: Any, **options: Any) -> Tensor:
+        found = real(*size, **options)
+        return found.fill_(float("nan")) if found.dtype.is_floating_point else found.fill_(0x55)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield
+
+
+def random_qtensor(text: str, shape: tuple[int, int]) -> QTensor:
+    spec = Spec.parse(text)
+    matrix = matrix_shape(spec, shape)
+    grid = scale_shape(spec, matrix)
+    codes = torch.randint(0, 1 << spec.bits, matrix, dtype=torch.uint8)
+    parts = {}
+    if spec.family == "minifloat":
+        # NaN and infinity are not weights.
+        finite = torch.arange(256, dtype=torch.uint8).view(FLOATS[spec.table]).float().isfinite()
+        codes = torch.where(finite[codes.long()], codes, 0)
+    if spec.two_level:
+        parts["scales"] = torch.randint(0, 256, grid, dtype=torch.uint8)
+        parts["super_scales"] = torch.rand(-(-grid[0] * grid[1] // spec.two_level[1])) + 0.5
+        parts["scale_table"], parts["scale_offset"] = codebook.dynamic_map(), torch.tensor(2.0)
+    else:
+        parts["scales"] = (torch.rand(grid) + 0.5).to(scale_dtype(spec.scale))
+    if spec.zero == "asym":
+        parts["zeros"] = torch.randint(0, 1 << spec.bits, grid, dtype=torch.uint8)
+    elif spec.zero.startswith("z"):
+        parts["zeros"] = (torch.rand(grid) * (1 << spec.bits)).to(zero_dtype(spec))
+    if spec.family == "codebook":
+        parts["table"] = codebook.table(spec)
+    return QTensor(spec, shape, {"codes": bits.pack(codes, spec.bits), **parts})
+
+
+def cases() -> list[tuple[str, tuple[int, int]]]:
+    found = []
+    for text, shape in itertools.product(SPECS, SHAPES):
+        group = Spec.parse(text).group
+        if group == -1 or shape[1] % group == 0:
+            found.append((text, shape))
+    return found
+
+
+def paths() -> list[str]:
+    """All that this machine can run."""
+    if not native.best_path():
+        return []
+    last = native.PATHS.index(native.best_path())
+    return [p for p in native.PATHS if (p == "folded" and native.best_path() == "amx") or native.PATHS.index(p) <= last]
+
+
+def close(y: Tensor, wanted: Tensor, limit: float, size: Tensor | None = None) -> None:
+    """size: what an error is measured by, where the numbers wanted may be small by cancellation."""
+    assert y.shape == wanted.shape and bool(y.isfinite().all())
+    error = float((y.float() - wanted.float()).norm() / (wanted if size is None else size).float().norm())
+    assert error < limit, error
+
+
+def terms(x: Tensor, weight: Tensor) -> Tensor:
+    """The size of a sum of products with independent errors."""
+    return (x.square() @ weight.square().T).sqrt()
+
+
+@pytest.mark.parametrize(("text", "shape"), cases())
+def test_products(text: str, shape: tuple[int, int]) -> None:
+    """Integer dot products are exact: only float32 sums differ from the twin. Panels and tables round weights to bfloat16."""
+    q = random_qtensor(text, shape)
+    if not native.supports(q):
+        # Tables need AVX-512 with bfloat16.
+        assert q.spec.family != "affine" and native.best_path() in ("generic", "avx2")
+        pytest.skip(f"{q.spec} needs avx512 and this machine has {native.best_path()}")
+    product, weight = native.pack(q), q.dequantize()
+    for path, m in itertools.product(paths(), ROWS):
+        if product.name == "native" and path in ("generic", "avx2"):
+            continue
+        x = torch.randn(m, shape[1])
+        x[0, 0] = 30.0
+        if product.name == "native-a8" and path != "folded":
+            group = shape[1] if q.spec.group == -1 else q.spec.group
+            close(product(x, path), native.rounded_activations(x, group) @ weight.T, 1e-5, terms(x, weight))
+        else:
+            x = x.bfloat16().float()
+            close(product(x, path), x @ weight.T, 4e-3, terms(x, weight))
+
+
+@pytest.mark.parametrize(("text", "shape"), cases())
+def test_the_same_tensor_comes_back(text: str, shape: tuple[int, int]) -> None:
+    q = random_qtensor(text, shape)
+    if not native.supports(q):
+        pytest.skip(f"{q.spec} is not packed on this machine")
+    product = native.pack(q)
+    back = product.qtensor()
+    assert back.spec == q.spec and back.shape == q.shape and back.parts.keys() == q.parts.keys()
+    for name, part in q.parts.items():
+        assert torch.equal(back.parts[name], part) and back.parts[name].dtype == part.dtype, name
+    if shape == (48, 256):
+        assert product.nbytes <= 1.03 * q.nbytes
+
+
+def test_dtypes_and_activations_of_any_layout() -> None:
+    q = random_qtensor("affine4.g64.asym", (48, 128))
+    product = dispatch.prepare(q, torch.bfloat16)
+    assert product.name == "native-a8"
+    x = torch.randn(2, 256, 3)[:, ::2].transpose(1, 2)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        y = product(x.to(dtype))
+        assert y.dtype == dtype and y.shape == (2, 3, 48)
+        close(y, x.to(dtype).float() @ q.dequantize().T, 2e-2)
+    assert product(torch.zeros(0, 128, dtype=torch.bfloat16)).shape == (0, 48)
+    zero = torch.zeros(3, 128, dtype=torch.bfloat16)
+    assert torch.equal(product(zero), torch.zeros(3, 48, dtype=torch.bfloat16))
+
+
+def test_permuted_inputs() -> None:
+    q = random_qtensor("affine4.g32.sym", (32, 96))
+    spec = Spec.parse("affine4.g32.sym.perm")
+    permuted = QTensor(spec, q.shape, {**q.parts, "perm": torch.randperm(96).int()})
+    product = dispatch.prepare(permuted, torch.bfloat16)
+    assert product.name == "native-a8"
+    x = torch.randn(4, 96).bfloat16()
+    close(product(x), x.float() @ permuted.dequantize().T, 2e-2)
+    assert torch.equal(product.qtensor().parts["perm"], permuted.parts["perm"])
+
+
+def test_bfloat16_activations_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    if native.best_path() not in ("avx512", "amx"):
+        pytest.skip("needs avx512 with bfloat16")
+    q = random_qtensor("affine4.g128.asym", (64, 256))
+    x = torch.randn(3, 256).bfloat16()
+    wanted = x.float() @ q.dequantize().T
+    rounded = dispatch.prepare(q, torch.bfloat16)(x)
+    monkeypatch.setenv("BITSMITH_ACT", "bf16")
+    product = dispatch.prepare(q, torch.bfloat16)
+    assert product.name == "native"
+    kept = product(x)
+    assert (kept - wanted).norm() < (rounded - wanted).norm()
+    monkeypatch.setenv("BITSMITH_ACT", "fp4")
+    with pytest.raises(UserError, match="BITSMITH_ACT is 'fp4'; accepted: int8"):
+        dispatch.prepare(q, torch.bfloat16)
+
+
+def test_exact_never_rounds_activations() -> None:
+    q = random_qtensor("affine4.g128.asym", (64, 256))
+    x = torch.randn(3, 256)
+    product = dispatch.prepare(q, torch.bfloat16, exact=True)
+    assert product.name == "reference"
+    close(product(x), x @ q.dequantize().T, 1e-6)
+
+
+def test_threads_share_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = random_qtensor("affine4.g128.sym", (700, 256))
+    product = native.pack(q)
+    x = torch.randn(9, 256)
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        results += [product(x) for _ in range(20)]
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("form", fused.FORMS)
+def test_norm(form: str) -> None:
+    x = (torch.randn(3, 5, 72) * 3).bfloat16()
+    weight = torch.randn(72).bfloat16()
+    wanted = fused.norm_twin(x, weight, 1e-5, form)
+    close(native_layer.rms_norm(x, weight, 1e-5, form), wanted, 1e-3)
+    strided = torch.randn(4, 6, 144).bfloat16()[:, ::2, 36:108]
+    close(native_layer.rms_norm(strided, weight, 1e-5, form), fused.norm_twin(strided, weight, 1e-5, form), 1e-3)
+
+
+@pytest.mark.parametrize("act", fused.ACTS)
+def test_gated(act: str) -> None:
+    both = (torch.randn(5, 2, 90) * 4).bfloat16()
+    gate, up = both[:, 0, 1:], both[:, 1, 1:]
+    close(native_layer.gated(gate, up, act), fused.gated_twin(gate, up, act), 1e-3)
+    far = torch.tensor([[-3e38, -100.0, 100.0, 3e38]]).bfloat16()
+    wanted = fused.gated_twin(far, torch.ones_like(far), "silu")
+    assert torch.equal(native_layer.gated(far, torch.ones_like(far), "silu"), wanted)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope(interleaved: bool) -> None:
+    q, k = torch.randn(5, 4, 48).bfloat16(), torch.randn(5, 2, 96).bfloat16()[:, :, ::1][:, :, :48]
+    angle = torch.randn(5, 16)
+    angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    for found, wanted in zip(
+        native_layer.rope(q, k, cos, sin, interleaved), fused.rope_twin(q, k, cos, sin, interleaved), strict=True
+    ):
+        close(found, wanted, 1e-3)
+        assert torch.equal(found[..., 32:], wanted[..., 32:])
+
+
+def test_other_dtypes_take_the_twins() -> None:
+    x, weight = torch.randn(2, 3, 8), torch.randn(8)
+    assert torch.equal(native_layer.rms_norm(x, weight, 1e-5, "float"), fused.norm_twin(x, weight, 1e-5, "float"))
+    assert torch.equal(native_layer.gated(x, x, "silu"), fused.gated_twin(x, x, "silu"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap", "sinks"),
+    [(4, 4, 32, None, None, False), (8, 2, 64, None, None, False), (24, 2, 80, 7, None, False), (6, 1, 48, None, 20.0, False),
+     (4, 2, 64, 5, 3.0, True)],
+)  # fmt: skip
+def test_decode_attention(
+    heads: int, kv_heads: int, dim: int, window: int | None, softcap: float | None, sinks: bool
+) -> None:
+    """Against the same function in float32, whose path is the torch twin; slots out of use hold NaN."""
+    lengths, block_size, value_dim = [1, 5, 37, 16], 4, 40
+    blocks = [-(-n // block_size) for n in lengths]
+    order = torch.randperm(sum(blocks) + 3)
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    cache_k = torch.full(((sum(blocks) + 3) * block_size, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
+    cache_v = torch.full((cache_k.shape[0], kv_heads, value_dim), float("nan"), dtype=torch.bfloat16)
+    taken = 0
+    for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
+        own = order[taken : taken + count]
+        taken += count
+        table[row, :count] = own
+        slots = (own[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+        cache_k[slots] = torch.randn(length, kv_heads, dim).bfloat16()
+        cache_v[slots] = torch.randn(length, kv_heads, value_dim).bfloat16()
+    q = torch.randn(len(lengths), heads, dim).bfloat16()
+    extra = torch.randn(heads) if sinks else None
+
+    def run(dtype: torch.dtype) -> Tensor:
+        return paged_attention(
+            q.to(dtype), (cache_k.to(dtype),), (cache_v.to(dtype),), cu_q=torch.arange(5, dtype=torch.int32),
+            context_len=torch.tensor(lengths, dtype=torch.int32), block_table=table, num_decode=4,
+            block_size=block_size, decode=lambda parts: parts[0], scale=dim**-0.5, window=window, softcap=softcap,
+            sinks=extra,
+        )  # fmt: skip
+
+    close(run(torch.bfloat16), run(torch.float32), 4e-3)
+
+
+def test_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the torch paths serve, and give the same within rounding."""
+    q = random_qtensor("affine4.g128.sym", (64, 256))
+    x = torch.randn(3, 256).bfloat16()
+    fast = dispatch.prepare(q, torch.bfloat16)(x)
+    monkeypatch.setattr(native, "library", lambda: None)
+    product = dispatch.prepare(q, torch.bfloat16)
+    assert product.name in ("int4pack", "lookup")
+    close(product(x), fast, 2e-2)
