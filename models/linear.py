@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..kernels.cpu import prepare_dense
-from ..kernels.dispatch import Matmul, prepare
+from ..kernels.dispatch import Matmul, Reference, prepare
 from ..kernels.qtensor import QTensor, can_concat, concat
 
 EXPERTS = "bitsmith"
@@ -144,6 +144,13 @@ def fuse_siblings(model: nn.Module, dtype: torch.dtype, act: str = "") -> int:
                 linear.matmul = _Member(shared, index)
             count += 1
     return count
+
+
+def prepare_linears(model: nn.Module, dtype: torch.dtype, act: str = "") -> None:
+    """Give every QuantLinear that still holds its QTensor the product of this machine; one is held twice at a time."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear) and isinstance(module.matmul, Reference):
+            module.matmul = prepare(module.qtensor(), dtype, act=act)
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -26,7 +26,16 @@ from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import Checkpoint, resolve
 from .fused import fuse
-from .linear import EXPERTS, QuantLinear, fuse_siblings, is_experts, is_linear, prepack_linears, set_expert_weight
+from .linear import (
+    EXPERTS,
+    QuantLinear,
+    fuse_siblings,
+    is_experts,
+    is_linear,
+    prepack_linears,
+    prepare_linears,
+    set_expert_weight,
+)
 from .names import Placement, placements
 
 _LOG = logging.getLogger(__name__)
@@ -59,9 +68,11 @@ def load_model(
     loader.fill()
     if not exact:
         fuse_siblings(model, wanted, act)
+        prepare_linears(model, wanted, act)
         if device.type == "cpu" and wanted is torch.bfloat16:
             prepack_linears(model)
-        fuse(model, device)
+        if device.type != "cpu" or wanted is torch.bfloat16:
+            fuse(model, device)
     model.eval()
     return model
 
@@ -197,7 +208,8 @@ class _Loader:
     def _linear(self, path: str, old: nn.Module, source: str) -> None:
         shape = (old.out_features, old.in_features)
         q = self.ckpt.qtensor(source, shape).to(self.device)  # type: ignore[arg-type]
-        matmul = prepare(q, self.dtype, exact=self.exact, act=self.act)
+        # Siblings are stacked before anything is packed: see prepare_linears.
+        matmul = prepare(q, self.dtype, exact=True, act=self.act if self.exact else "")
         # The bias is its own checkpoint tensor: it is assigned (perhaps later) to the parameter made here.
         new = QuantLinear(matmul, shape, old.bias, self.dtype)  # type: ignore[arg-type]
         self.model.set_submodule(path, new)

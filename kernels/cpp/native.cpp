@@ -140,11 +140,30 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
   });
 }
 
+namespace {
+
+// A word of eight 4-bit codes -> byte b holds code b and, above it, code b + 4.
+uint32_t pair_nibbles(uint32_t word) {
+  const auto spread = [](uint32_t half) {
+    half = (half | half << 8) & 0x00ff00ffu;
+    return (half | half << 4) & 0x0f0f0f0fu;
+  };
+  return spread(word & 0xffffu) | spread(word >> 16) << 4;
+}
+
+}  // namespace
+
 // Dense bit stream int32 [n, ceil(k * bits / 32)] -> codes of common.h; rows and inputs beyond n and k are zeros.
 BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t n, int64_t k, int32_t bits, uint8_t* out, int32_t threads) {
   const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
   pool().run(count, threads, [&](int64_t nb) {
     for (int64_t kb = 0; kb < k_blocks; ++kb) {
+      if (bits == 4 && (kb + 1) * BLOCK <= k && (nb + 1) * ROWS <= n) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(out + (nb * k_blocks + kb) * 64 * bits);
+        for (int64_t r = 0; r < ROWS; ++r)
+          for (int64_t j = 0; j < 4; ++j) to[j * ROWS + r] = pair_nibbles(stream[(nb * ROWS + r) * words + kb * 4 + j]);
+        continue;
+      }
       // [byte vector][row] of four codes each.
       uint32_t lanes[8][ROWS] = {};
       for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) {
