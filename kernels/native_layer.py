@@ -36,7 +36,7 @@ def _library() -> ctypes.CDLL | None:
     lib.bitsmith_norm.argtypes = [p, p, p, p, p, size, size, size, p, real, number, number]
     lib.bitsmith_gated.argtypes = [p, p, p, size, size, size, size, number, number]
     lib.bitsmith_rope.argtypes = [p, p, p, p, size, size, size, size, size, size, number, number]
-    lib.bitsmith_attend.argtypes = [p, number]
+    lib.bitsmith_attend.argtypes = [p, number, number]
     for name in ("norm", "gated", "rope", "attend"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
@@ -44,9 +44,12 @@ def _library() -> ctypes.CDLL | None:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the library is there and all of `tensors` are what it takes: bfloat16 on the CPU, rows contiguous."""
-    return _library() is not None and all(
-        t.dtype is torch.bfloat16 and t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors
-    )
+    if _library() is None:
+        return False
+    for t in tensors:
+        if t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or t.is_cuda:
+            return False
+    return True
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
@@ -115,9 +118,10 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    plain: bool = False,
 ) -> Tensor:
     """Decode rows: q [B, H, D], heads dense; caches [slots, Hkv, D or Dv]; int32 [B, P] and [B]; sinks float32 [H]
-    -> [B, H, Dv]. D at most LARGEST_KEY_DIM."""
+    -> [B, H, Dv]. D at most LARGEST_KEY_DIM. plain: the loops of any processor, for tests."""
     lib = _library()
     assert lib is not None
     rows, heads, _ = q.shape
@@ -128,5 +132,5 @@ def attend(
         kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
         block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
     )  # fmt: skip
-    lib.bitsmith_attend(ctypes.byref(what), torch.get_num_threads())
+    lib.bitsmith_attend(ctypes.byref(what), torch.get_num_threads(), plain)
     return out

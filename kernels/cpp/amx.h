@@ -131,12 +131,12 @@ BITSMITH_AMX void many(const Weight& w, const Input& x, int64_t nb, void* y, int
   const int64_t last_block = w.row_blocks() - 1;
   const bool whole = x.m > 32;
   // Bytes of a decoded block: 32 inputs x 32 outputs.
-  const int64_t decoded = BLOCK * 32 * SIZE, blocks = whole ? x.stride / BLOCK : per;
+  const int64_t decoded = BLOCK * 32 * SIZE, blocks = whole ? x.inputs / BLOCK : per;
   alignas(64) static thread_local std::vector<uint8_t> scratch;
   if (static_cast<int64_t>(scratch.size()) < blocks * decoded + 64) scratch.resize(blocks * decoded + 64);
   uint8_t* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
   const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : reinterpret_cast<const uint16_t*>(w.codes));
-  if (whole) decode<BITS, KIND>(w, table, nb, 0, x.stride / BLOCK, panel);
+  if (whole) decode<BITS, KIND>(w, table, nb, 0, x.inputs / BLOCK, panel);
   alignas(64) float total[32 * 32];
   int64_t configured = 0;
   for (int64_t m0 = 0; m0 < x.m; m0 += 32) {
@@ -144,7 +144,7 @@ BITSMITH_AMX void many(const Weight& w, const Input& x, int64_t nb, void* y, int
     if (rows != configured) configure(rows, bytes), configured = rows;
     std::memset(total, 0, sizeof total);
     for (int64_t c = 0; c < x.chunks; ++c) {
-      const int64_t inputs = std::min(x.chunk, x.stride - c * x.chunk);
+      const int64_t inputs = std::min(x.chunk, x.inputs - c * x.chunk);
       if (!whole) decode<BITS, KIND>(w, table, nb, c * per, c * per + inputs / BLOCK, panel);
       __m512 scale[2], zero[2];
       for (int64_t half = 0; half < 2; ++half)

@@ -54,7 +54,8 @@ struct Weight {
 
 // Activations of one product, in the order the kernels read.
 struct Input {
-  int64_t m, stride;                 // stride: inputs a row, k rounded up to whole chunks and to 64
+  int64_t m, inputs;                 // inputs a row: k rounded up to whole chunks and to 64, zeros at the end
+  int64_t stride;                    // from row to row
   int64_t chunk, chunks;
   std::vector<int8_t> q;             // INT8: [m][stride]
   std::vector<uint16_t> b;           // BFLOAT: [m][stride], each four inputs in the order 0 2 1 3

@@ -65,14 +65,14 @@ inline int64_t width(const Weight& w, int64_t threads) {
   return 2 * std::min(fit, std::max<int64_t>(1, pairs_of_blocks / (4 * threads)));
 }
 
-BITSMITH_AMX_INLINE void multiply(const uint16_t* a, int64_t stride, const uint8_t* panel, bool both) {
+BITSMITH_AMX_INLINE void multiply(const uint16_t* a, int64_t inputs, int64_t stride, const uint8_t* panel, bool both) {
   _tile_zero(0);
   _tile_zero(1);
   if (both) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < stride; k += 32) {
+  for (int64_t k = 0; k < inputs; k += 32) {
     const uint8_t* b = panel + k / 2 * 128;
     _tile_loadd(6, b, 128);
     _tile_loadd(4, a + k, stride * 2);
@@ -90,19 +90,19 @@ BITSMITH_AMX_INLINE void multiply(const uint16_t* a, int64_t stride, const uint8
 // Outputs of row blocks nb .. nb + count - 1, all rows. x as BFLOAT, whatever the kind.
 template <int BITS, int KIND>
 BITSMITH_AMX void rows(const Weight& w, const Input& x, int64_t nb, int64_t count, void* y, int32_t dtype) {
-  const int64_t panel_size = x.stride * PANEL_OUTPUTS * 2, last = std::min(nb + count, w.row_blocks());
+  const int64_t panel_size = x.inputs * PANEL_OUTPUTS * 2, last = std::min(nb + count, w.row_blocks());
   static thread_local std::vector<uint8_t> scratch;
   if (static_cast<int64_t>(scratch.size()) < panel_size * ((count + 1) / 2) + 64) scratch.resize(panel_size * ((count + 1) / 2) + 64);
   uint8_t* panels = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
   const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : reinterpret_cast<const uint16_t*>(w.codes));
-  for (int64_t b = nb; b < last; b += 2) decode<BITS, KIND>(w, table, b, x.stride / BLOCK, panels + (b - nb) / 2 * panel_size);
+  for (int64_t b = nb; b < last; b += 2) decode<BITS, KIND>(w, table, b, x.inputs / BLOCK, panels + (b - nb) / 2 * panel_size);
   alignas(64) float sums[32 * 32];
   int64_t configured = 0;
   for (int64_t m0 = 0; m0 < x.m; m0 += 32) {
     const int64_t present = std::min<int64_t>(32, x.m - m0);
     if (present != configured) amx::configure(present, 64), configured = present;
     for (int64_t b = nb; b < last; b += 2) {
-      multiply(x.b.data() + m0 * x.stride, x.stride, panels + (b - nb) / 2 * panel_size, present > 16);
+      multiply(x.b.data() + m0 * x.stride, x.inputs, x.stride, panels + (b - nb) / 2 * panel_size, present > 16);
       _tile_stored(0, sums, 128);
       _tile_stored(1, sums + 16, 128);
       if (present > 16) {

@@ -47,7 +47,7 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   for (int64_t c = 0; c < in.chunks; ++c) {
-    const int64_t first = c * in.chunk, stop = std::min(first + in.chunk, in.stride);
+    const int64_t first = c * in.chunk, stop = c + 1 == in.chunks ? in.inputs : first + in.chunk;
     float peak = 0;
     for (int64_t k = first; k < std::min(stop, w.k); ++k) peak = std::max(peak, std::fabs(load(x, row * w.k + k, dtype)));
     const float inverse = peak > 0 ? 127 / peak : 0;

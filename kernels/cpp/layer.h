@@ -2,7 +2,6 @@
 // cache. Plain loops on float32; the compiler makes a version for each width of vectors and picks one at load.
 #pragma once
 #include "common.h"
-#include "pool.h"
 
 #if BITSMITH_X86 && defined(__linux__)
 #define BITSMITH_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -153,20 +152,6 @@ BITSMITH_CLONES inline void attend(const Attention& a, int64_t row, int64_t kv, 
   }
   for (int64_t g = 0; g < count; ++g)
     for (int64_t i = 0; i < dv; ++i) a.out[(row * a.heads + head + g) * dv + i] = narrow(sums[g * dv + i] * inverse[g]);
-}
-
-inline void attend_all(const Attention& a, int32_t threads) {
-  const int64_t shared = a.heads / a.kv_heads, parts = (shared + GROUP - 1) / GROUP;
-  int64_t keys = 0;
-  for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
-  const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
-  pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
-    static thread_local std::vector<float> scratch;
-    const size_t size = static_cast<size_t>(GROUP * (keys + a.value_dim) + std::max(a.key_dim, a.value_dim));
-    if (scratch.size() < size) scratch.resize(size);
-    const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
-    attend(a, row, kv, part * GROUP, std::min(GROUP, shared - part * GROUP), scratch.data());
-  });
 }
 
 }  // namespace bitsmith::layer

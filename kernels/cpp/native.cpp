@@ -2,6 +2,7 @@
 //
 // Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
 #include "amx.h"
+#include "attend512.h"
 #include "avx2.h"
 #include "avx512.h"
 #include "common.h"
@@ -84,8 +85,10 @@ int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to;
 void shape(const Weight& w, int32_t kind, int64_t m, Input& x) {
   x.m = m;
   x.chunk = w.chunk();
-  x.stride = round_up(round_up(w.k, 64), x.chunk <= 128 ? x.chunk : 64);
-  if (x.chunk > x.stride) x.chunk = x.stride;
+  x.inputs = round_up(round_up(w.k, 64), x.chunk <= 128 ? x.chunk : 64);
+  // A cache line more, or the 16 rows of a tile would share a few sets of the first-level cache (pages of 4 KB).
+  x.stride = x.inputs + 64;
+  if (x.chunk > x.inputs) x.chunk = x.inputs;
   x.chunks = (round_up(w.k, BLOCK) + x.chunk - 1) / x.chunk;
   // Tiles read 16 rows, whatever their number.
   const size_t size = static_cast<size_t>(round_up(m, 16) * x.stride);
@@ -98,7 +101,7 @@ void shape(const Weight& w, int32_t kind, int64_t m, Input& x) {
 // Where tiles begin to pay: below, their fixed 16 rows are mostly padding.
 constexpr int64_t TILE_ROWS = 5;
 // Where decoding into panels begins to pay, by kind.
-constexpr int64_t PANEL_ROWS[] = {128, 80};
+constexpr int64_t PANEL_ROWS[] = {384, 80};
 
 }  // namespace
 
@@ -123,10 +126,11 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
 #endif
   const Rows rows = rows_of(w, path);
   const int64_t count = (w.row_blocks() + wide - 1) / wide;
+  // Reading weights is what few rows do, and long runs of them are read fastest; many rows are shared out finely.
   const auto one = [&](int64_t row) { prepare(w, x, x_dtype, row, in); };
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
-  const int64_t share = std::max<int64_t>(1, count / (16 * threads)), tasks = (count + share - 1) / share;
+  const int64_t share = std::max<int64_t>(1, count / ((m <= TILE_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
   pool().run(tasks, threads, [&](int64_t task) {
     for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
 #if BITSMITH_X86 && defined(__linux__)
@@ -249,4 +253,29 @@ BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const
 }
 
 // Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
-BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads) { layer::attend_all(*what, threads); }
+// plain: the loops of layer.h, for tests.
+BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, int32_t plain) {
+  const layer::Attention& a = *what;
+  const int64_t shared = a.heads / a.kv_heads, parts = (shared + layer::GROUP - 1) / layer::GROUP;
+  int64_t keys = 0;
+  for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
+#if BITSMITH_X86
+  const bool vectors = !plain && attend512::takes(a);
+#else
+  const bool vectors = false;
+#endif
+  const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
+  pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
+    static thread_local std::vector<float> scratch;
+    static thread_local std::vector<int64_t> slots;
+    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + std::max(a.key_dim, a.value_dim));
+    if (scratch.size() < size) scratch.resize(size);
+    if (static_cast<int64_t>(slots.size()) < keys + 16) slots.resize(static_cast<size_t>(keys + 16));
+    const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
+    const int64_t first = part * layer::GROUP, count = std::min(layer::GROUP, shared - first);
+#if BITSMITH_X86
+    if (vectors) return attend512::attend(a, row, kv, first, count, scratch.data(), slots.data());
+#endif
+    layer::attend(a, row, kv, first, count, scratch.data());
+  });
+}
