@@ -35,6 +35,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of a SHAPE (default: 128)")
     parser.add_argument("--head-bits", type=int, default=8, metavar="B", help="output head of a SHAPE (default: 8)")
+    parser.add_argument(
+        "--gguf-type", metavar="TYPE", help="of llama.cpp's file: Q4_0, Q4_K_M or Q8_0 (default: by --bits)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: what torch would use")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
@@ -69,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         if args.path in SHAPES and not path.exists():
             path = Path(scratch) / "model"
             write_checkpoint(SHAPES[args.path], path, args.bits, args.group_size, args.head_bits)
-        workers = _workers(args.path, path, Path(scratch) / "peer.gguf", peers, threads)
+        workers = _workers(args.path, path, Path(scratch) / f"{_gguf_type(args)}.gguf", peers, threads)
         start = time.perf_counter()
         try:
             table = measure(workers, args.samples, args.minutes, CASES, died=_report_death)
@@ -83,6 +86,11 @@ def run(args: argparse.Namespace) -> None:
         print_json({"model": args.path, "threads": threads, "rows": found})
     else:
         _print(found)
+
+
+def _gguf_type(args: argparse.Namespace) -> str:
+    """The file type of llama.cpp's model: the one asked for, or the usual one of these bits."""
+    return args.gguf_type or ("Q8_0" if args.bits == 8 else "Q4_0")
 
 
 def _peers(text: str | None) -> list[str]:
@@ -112,7 +120,7 @@ def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) 
     if "transformers" in peers:
         wanted["transformers"] = (TransformersEngine, (shape_of(name),))
     if "llama.cpp" in peers:
-        write_gguf(shape_of(name), gguf)
+        write_gguf(shape_of(name), gguf, gguf.stem)
         for engine, repack in zip(_PEERS["llama.cpp"], (True, False), strict=True):
             wanted[engine] = (LlamaCppEngine, (gguf, threads, sequences, context, repack))
     found: dict[str, Any] = {}
@@ -150,7 +158,7 @@ def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seco
         Result(
             **place,
             model=Path(args.path).name,
-            spec=specs.get(engine, "Q4_0"),
+            spec=specs.get(engine, _gguf_type(args)),
             kv="none" if engine == _OURS else "",
             task=f"bench/decode/{engine}/{threads} threads",
             metric=case,

@@ -1,13 +1,13 @@
 """Random Llamas of known shapes: what speed is measured on. Speed depends on shapes and formats, not on what was
 learnt.
 
-Three engines get the same shape: ours a quantized checkpoint (`write_checkpoint`), llama.cpp a Q4_0 file
+Three engines get the same shape: ours a quantized checkpoint (`write_checkpoint`), llama.cpp a GGUF file
 (`write_gguf`), and transformers a bf16 model made from `Shape.config`. One decoder layer is drawn and written for every
 layer; each has its own bytes in the file and in memory, so the processor's cache gains nothing from the repetition.
 
-The GGUF file has the mixture that llama-quantize gives a Llama: Q4_0 everywhere and Q6_K for the output head. Its
-blocks are random codes under one fixed scale, so no quantizer is needed. Our output head is quantized too, to 8 bits by
-default: at batch 1 a bf16 head would be a sixth of the bytes read per token.
+The GGUF file has the mixture that llama-quantize gives a Llama (`MIXTURES`). Its blocks are random codes under one
+fixed scale, so no quantizer is needed. Our output head is quantized too, to 8 bits by default: at batch 1 a bf16 head
+would be a sixth of the bytes read per token.
 """
 
 import json
@@ -32,10 +32,17 @@ from ..quant_formats.base import Options
 # Of normally distributed weights, as most models are initialised.
 _STD = 0.02
 LLAMA_FIX = "install it with `pip install llama-cpp-python gguf`, or leave llama.cpp out of --against"
-# (ggml type name, weights a block, bytes a block). Q4_0: f16 scale, 16 bytes of codes. Q6_K: 192 bytes of codes, 16
-# int8
-# sub-scales, f16 scale.
-_Q4_0, _Q6_K = ("Q4_0", 32, 18), ("Q6_K", 256, 210)
+# File type -> ggml type of most weights, of the output head, and of what gets more bits in half of the layers.
+MIXTURES = {
+    "Q4_0": ("Q4_0", "Q6_K", "Q4_0"),
+    "Q4_K_M": ("Q4_K", "Q6_K", "Q6_K"),
+    "Q8_0": ("Q8_0", "Q8_0", "Q8_0"),
+}
+_FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}
+_MORE_BITS = ("attn_v", "ffn_down")
+# ggml type -> weights a block, bytes a block. Q4_0: f16 scale, 16 bytes of codes. Q8_0: f16 scale, 32 codes. Q4_K: f16
+# scale and minimum, 12 bytes of 6-bit sub-scales, 128 of codes. Q6_K: 192 bytes of codes, 16 int8 sub-scales, f16 scale.
+_BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}
 _SPECIAL = ("<unk>", "<s>", "</s>")
 
 
@@ -159,72 +166,83 @@ def _write_tokenizer(vocabulary: int, directory: Path) -> None:
     fast.save_pretrained(directory)
 
 
-def write_gguf(shape: Shape, path: Path) -> None:
-    """Write a random Q4_0 Llama of `shape` that llama.cpp loads. UserError where gguf is not installed or a size has no
-    blocks.
+def write_gguf(shape: Shape, path: Path, kind: str = "Q4_0") -> None:
+    """Write a random Llama of `shape` and of a file type of MIXTURES that llama.cpp loads. UserError where gguf is not
+    installed, the type is unknown or a size has no blocks.
 
     One layer's blocks are drawn once and written for every layer.
     """
+    if kind not in MIXTURES:
+        raise UserError(f"--gguf-type {kind!r} is not known; accepted: {', '.join(MIXTURES)}")
+    body, top, more = MIXTURES[kind]
     try:
         import gguf
     except ImportError:
         raise UserError(f"the file for llama.cpp is written with gguf, not installed: {LLAMA_FIX}") from None
-    if shape.hidden_size % _Q6_K[1] or shape.intermediate_size % _Q4_0[1]:
+    blocks = max(_BLOCKS[body][0], _BLOCKS[top][0]), max(_BLOCKS[body][0], _BLOCKS[more][0])
+    if shape.hidden_size % blocks[0] or shape.intermediate_size % blocks[1]:
         raise UserError(
-            f"llama.cpp's Q4_0 mixture needs hidden_size to divide by 256 and intermediate_size by 32, found "
-            f"{shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, or take shape 1.1b"
+            f"llama.cpp's {kind} mixture needs hidden_size to divide by {blocks[0]} and intermediate_size by "
+            f"{blocks[1]}, found {shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, or take shape "
+            "1.1b"
         )
     head = shape.hidden_size // shape.num_attention_heads
     hidden, kv, ff = shape.hidden_size, shape.num_key_value_heads * head, shape.intermediate_size
     rng = np.random.default_rng(0)
-    layer = {
-        name: _blocks(rng, rows, columns, _Q4_0)
-        for name, rows, columns in (
-            ("attn_q", hidden, hidden),
-            ("attn_k", kv, hidden),
-            ("attn_v", kv, hidden),
-            ("attn_output", hidden, hidden),
-            ("ffn_gate", ff, hidden),
-            ("ffn_up", ff, hidden),
-            ("ffn_down", hidden, ff),
-        )
+    sizes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (kv, hidden),
+        "attn_v": (kv, hidden),
+        "attn_output": (hidden, hidden),
+        "ffn_gate": (ff, hidden),
+        "ffn_up": (ff, hidden),
+        "ffn_down": (hidden, ff),
     }
-    types = {name: gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q6_K")}
+    layer = {name: _blocks(rng, *size, body) for name, size in sizes.items()}
+    better = {name: _blocks(rng, *sizes[name], more) for name in _MORE_BITS}
+    types = {name: gguf.GGMLQuantizationType[name] for name in _BLOCKS}
     norm = np.ones(hidden, np.float32)
     writer = gguf.GGUFWriter(path, "llama")
-    _header(writer, shape)
-    writer.add_tensor("token_embd.weight", _blocks(rng, shape.vocab_size, hidden, _Q4_0), raw_dtype=types["Q4_0"])
+    _header(writer, shape, kind)
+    writer.add_tensor("token_embd.weight", _blocks(rng, shape.vocab_size, hidden, body), raw_dtype=types[body])
     for index in range(shape.num_hidden_layers):
-        for name, blocks in layer.items():
-            writer.add_tensor(f"blk.{index}.{name}.weight", blocks, raw_dtype=types["Q4_0"])
+        for name in sizes:
+            improved = name in better and index % 2 == 0
+            data = better[name] if improved else layer[name]
+            writer.add_tensor(f"blk.{index}.{name}.weight", data, raw_dtype=types[more if improved else body])
         writer.add_tensor(f"blk.{index}.attn_norm.weight", norm)
         writer.add_tensor(f"blk.{index}.ffn_norm.weight", norm)
     writer.add_tensor("output_norm.weight", norm)
-    writer.add_tensor("output.weight", _blocks(rng, shape.vocab_size, hidden, _Q6_K), raw_dtype=types["Q6_K"])
+    writer.add_tensor("output.weight", _blocks(rng, shape.vocab_size, hidden, top), raw_dtype=types[top])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _blocks(rng: np.random.Generator, rows: int, columns: int, kind: tuple[str, int, int]) -> np.ndarray:
+def _blocks(rng: np.random.Generator, rows: int, columns: int, name: str) -> np.ndarray:
     """Random blocks, uint8 [rows, bytes], whose weights have a standard deviation near 0.02."""
-    name, weights, size = kind
+    weights, size = _BLOCKS[name]
     blocks = rng.integers(0, 256, (rows * columns // weights, size), dtype=np.uint8)
     # Uniform codes of b bits have a standard deviation of 2**b / sqrt(12).
     if name == "Q4_0":
         blocks[:, :2] = np.array([0.02 / 4.6], np.float16).view(np.uint8)
+    elif name == "Q8_0":
+        blocks[:, :2] = np.array([0.02 / 73.9], np.float16).view(np.uint8)
+    elif name == "Q4_K":
+        # Sub-scales and minima are random 6-bit numbers, 32 on average; 7.5 of them centre the codes.
+        blocks[:, :4] = np.array([0.02 / 4.6 / 32, 0.02 / 4.6 / 32 * 7.5], np.float16).view(np.uint8)
     else:
         blocks[:, 192:208] = 1
         blocks[:, 208:] = np.array([0.02 / 18.5], np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 
-def _header(writer: Any, shape: Shape) -> None:
+def _header(writer: Any, shape: Shape, kind: str) -> None:
     """Hyperparameters and a dummy SentencePiece vocabulary: unk, bos, eos, the bytes, then words."""
     words = shape.vocab_size - 259
     writer.add_quantization_version(2)
-    writer.add_file_type(2)
+    writer.add_file_type(_FILE_TYPES[kind])
     writer.add_block_count(shape.num_hidden_layers)
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)

@@ -2,15 +2,17 @@
 matrix units for many.
 
 `kernels/cpp/` is one C++ translation unit, compiled by the package's build where there is a compiler and absent
-otherwise (`library()` is None; kernels/cpu.py then uses what torch has). It is chosen over torch's own low-bit operators
-by measurement (results/LOG.md).
+otherwise (`library()` is None; kernels/cpu.py then uses what torch has). It was chosen over torch's own low-bit
+operators by measurement (results/LOG.md).
 
-    affine                 activations rounded to int8, a step of their own for at most 128 inputs of a row (llama.cpp: 32);
-                           integer dot products are exact
+    affine                 activations rounded to int8, with a step of their own for at most 128 inputs of a row
+                           (llama.cpp: 32); integer dot products are exact
     minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums
 
-`BITSMITH_ACT=bf16` keeps bfloat16 activations for affine weights too. What int8 activations cost in KL divergence is in
-results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
+From some hundred rows on, weights are decoded once and scaled in bfloat16, and activations stay in bfloat16 for all.
+`BITSMITH_ACT=bf16` keeps them there for affine weights at any number of rows. What int8 activations cost in KL
+divergence is in results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from,
+bit for bit.
 """
 
 import ctypes

@@ -44,12 +44,11 @@ def _library() -> ctypes.CDLL | None:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the library is there and all of `tensors` are what it takes: bfloat16 on the CPU, rows contiguous."""
-    if _library() is None:
-        return False
-    for t in tensors:
-        if t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or t.is_cuda:
-            return False
-    return True
+    return _library() is not None and not any(map(_strange, tensors))
+
+
+def _strange(t: Tensor) -> bool:
+    return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or t.is_cuda
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:

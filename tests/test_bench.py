@@ -12,7 +12,7 @@ import torch
 from bitsmith.cli import bench
 from bitsmith.errors import UserError
 from bitsmith.eval.engines import BitsmithEngine, LlamaCppEngine, TransformersEngine
-from bitsmith.eval.random_models import SHAPES, shape_of, write_checkpoint, write_gguf
+from bitsmith.eval.random_models import MIXTURES, SHAPES, shape_of, write_checkpoint, write_gguf
 from bitsmith.eval.speed import CASES, Case, Cell, EngineDied, Worker, measure, rows, sample
 from bitsmith.models.load import load_model, load_tokenizer
 
@@ -179,10 +179,11 @@ def test_engines_run_every_kind_of_case(checkpoint: Path) -> None:
 
 @pytest.mark.interop
 @pytest.mark.parametrize("repack", [True, False])
-def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, repack: bool) -> None:
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_llama_cpp_runs_the_file_we_write(tmp_path: Path, kind: str, repack: bool) -> None:
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    write_gguf(TINY, tmp_path / "m.gguf")
+    write_gguf(TINY, tmp_path / "m.gguf", kind)
     worker = Worker(LlamaCppEngine, (tmp_path / "m.gguf", 1, 4, 256, repack), threads=1)
     try:
         assert worker.sample(Case("decode", 4, 5, 4))[0] > 0
