@@ -41,7 +41,8 @@ MIXTURES = {
 _FILE_TYPES = {"Q4_0": 2, "Q4_K_M": 15, "Q8_0": 7}
 _MORE_BITS = ("attn_v", "ffn_down")
 # ggml type -> weights a block, bytes a block. Q4_0: f16 scale, 16 bytes of codes. Q8_0: f16 scale, 32 codes. Q4_K: f16
-# scale and minimum, 12 bytes of 6-bit sub-scales, 128 of codes. Q6_K: 192 bytes of codes, 16 int8 sub-scales, f16 scale.
+# scale and minimum, 12 bytes of 6-bit sub-scales, 128 of codes. Q6_K: 192 bytes of codes, 16 int8 sub-scales, f16
+# scale.
 _BLOCKS = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}
 _SPECIAL = ("<unk>", "<s>", "</s>")
 
@@ -183,8 +184,8 @@ def write_gguf(shape: Shape, path: Path, kind: str = "Q4_0") -> None:
     if shape.hidden_size % blocks[0] or shape.intermediate_size % blocks[1]:
         raise UserError(
             f"llama.cpp's {kind} mixture needs hidden_size to divide by {blocks[0]} and intermediate_size by "
-            f"{blocks[1]}, found {shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, or take shape "
-            "1.1b"
+            f"{blocks[1]}, found {shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, or "
+            "take shape 1.1b"
         )
     head = shape.hidden_size // shape.num_attention_heads
     hidden, kv, ff = shape.hidden_size, shape.num_key_value_heads * head, shape.intermediate_size

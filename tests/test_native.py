@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from bitsmith.errors import UserError
-from bitsmith.kernels import bits, codebook, dispatch, fused, native, native_layer
+from bitsmith.kernels import bits, codebook, dispatch, fused, native, native_layer, repack
 from bitsmith.kernels.affine import zero_dtype
 from bitsmith.kernels.attention import paged_attention
 from bitsmith.kernels.families import scale_dtype, scale_shape
@@ -291,3 +291,12 @@ def test_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:
     product = dispatch.prepare(q, torch.bfloat16)
     assert product.name in ("int4pack", "lookup")
     close(product(x), fast, 2e-2)
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_resident_bytes(text: str) -> None:
+    """One copy of a weight in memory, as large as in its file: the CPU's and the GPU's layout alike."""
+    q = random_qtensor(text, (256, 1024))
+    assert dispatch.prepare(q, torch.bfloat16).nbytes <= 1.03 * q.nbytes
+    packed = repack.pack(q)
+    assert sum(t.nbytes for t in packed.parts if t is not None) <= 1.03 * q.nbytes
