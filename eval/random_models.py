@@ -184,8 +184,8 @@ def write_gguf(shape: Shape, path: Path, kind: str = "Q4_0") -> None:
     if shape.hidden_size % blocks[0] or shape.intermediate_size % blocks[1]:
         raise UserError(
             f"llama.cpp's {kind} mixture needs hidden_size to divide by {blocks[0]} and intermediate_size by "
-            f"{blocks[1]}, found {shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, or "
-            "take shape 1.1b"
+            f"{blocks[1]}, found {shape.hidden_size} and {shape.intermediate_size}: leave llama.cpp out of --against, "
+            "or take shape 1.1b"
         )
     head = shape.hidden_size // shape.num_attention_heads
     hidden, kv, ff = shape.hidden_size, shape.num_key_value_heads * head, shape.intermediate_size
