@@ -32,8 +32,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"bench kernels takes no {args.path!r}: shapes go into --shapes 4096x4096,...")
     shapes, rows, specs, peers = _shapes(args.shapes), _rows(args.rows), _specs(args.specs), _peers(args.against)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.tune:
         _tune(device, shapes, rows, specs)
         return
@@ -144,7 +142,7 @@ def _record(args: argparse.Namespace, case: Any, timings: Any, where: str, secon
             model=f"{n}x{k}",
             spec=case.spec,
             kv="",
-            task=f"bench/kernels/{name}/{where}",
+            task=f"kernels/{name}/{where}",
             metric=f"m{case.rows} us",
             value=timing.value,
             stderr=timing.stderr if len(timing.seconds) > 1 else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import _bench_kernels
+from . import _bench_kernels, _threads
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--gguf-type", metavar="TYPE", help="of llama.cpp's file: Q4_0, Q4_K_M or Q8_0 (default: by --bits)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: what torch would use")
+    _threads.add_flag(parser)
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: accepted is 1 or more")
+    threads = _threads.apply(args)
     if args.kind == "kernels":
         _bench_kernels.run(args)
         return
@@ -61,12 +62,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")
     peers = _peers(args.against)
     quiet_libraries()
-    import torch
-
     from ..eval.random_models import SHAPES, write_checkpoint
     from ..eval.speed import CASES, measure, rows
 
-    threads = args.threads or torch.get_num_threads()
     with tempfile.TemporaryDirectory(prefix="bitsmith-bench-") as scratch:
         path = Path(args.path)
         if args.path in SHAPES and not path.exists():
@@ -160,7 +158,8 @@ def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seco
             model=Path(args.path).name,
             spec=specs.get(engine, _gguf_type(args)),
             kv="none" if engine == _OURS else "",
-            task=f"bench/decode/{engine}/{threads} threads",
+            # Ours is named, so that a peer measured beside two of our forms is compared with the right one.
+            task=f"bench/decode/{engine}/{threads} threads/{who.spec}",
             metric=case,
             value=cell.value,
             stderr=cell.stderr,

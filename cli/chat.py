@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import _engine, _sampling
+from . import _engine, _sampling, _threads
 from ._output import note, quiet_libraries, read_text
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     )
     _sampling.add_flags(parser)
     _engine.add_flags(parser)
+    _threads.add_flag(parser)
 
 
 def lines() -> Iterator[str]:
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     params = _sampling.params(args, max_tokens=-1)
     template = read_text("--chat-template", args.chat_template) if args.chat_template else None
     quiet_libraries()
+    _threads.apply(args)
     from ..serve.chat import chat_prompt_ids
     from ..serve.llm import LLM
     from ..serve.openai_types import ChatRequest

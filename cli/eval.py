@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from . import _threads
 from ._output import note, print_json, quiet_libraries
 
 
@@ -38,6 +39,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--name", metavar="MODEL", help="the unquantized model's name in results (default: directory)")
     parser.add_argument("--device", default="cpu", metavar="DEV")
+    _threads.add_flag(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--results", metavar="DIR", help="folder to append rows to (default: results/)")
@@ -57,6 +59,8 @@ def _text(parser: argparse.ArgumentParser, ctx: str, protocol: str) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record."""
     quiet_libraries()
+    if args.kind != "report":
+        _threads.apply(args)
     {"ppl": _ppl, "kld": _kld, "storyworld": _storyworld, "report": _report}[args.kind](args)
 
 

@@ -4,7 +4,7 @@ import argparse
 import time
 from typing import Any
 
-from . import _engine, _sampling
+from . import _engine, _sampling, _threads
 from ._output import note, print_json, quiet_libraries
 
 
@@ -16,12 +16,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--json", action="store_true")
     _sampling.add_flags(parser)
     _engine.add_flags(parser)
+    _threads.add_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the completion."""
     params = _sampling.params(args)
     quiet_libraries()
+    _threads.apply(args)
     from ..serve.llm import LLM
 
     llm = LLM(args.path, **_engine.options(args))

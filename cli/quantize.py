@@ -6,6 +6,7 @@ Options that are not given are not passed on: each default lives in one place, `
 import argparse
 from typing import Any
 
+from . import _threads
 from ._output import note, quiet_libraries
 
 
@@ -31,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--desc-act", action=argparse.BooleanOptionalAction, help="act-order (GPTQ)")
     parser.add_argument("--damp-percent", type=float, metavar="P", help="Hessian damping, a fraction (GPTQ)")
     parser.add_argument("--device", metavar="DEV")
+    _threads.add_flag(parser)
     parser.add_argument("--seed", type=int, metavar="S", help="which calibration blocks are drawn")
     parser.add_argument("--no-resume", dest="resume", action="store_false", help="start over instead of continuing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds another checkpoint")
@@ -39,10 +41,11 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Quantize as asked; progress goes to stderr."""
     quiet_libraries()
+    _threads.apply(args)
     from ..calibrate.driver import quantize
     from ..calibrate.method import Settings
 
-    options = {name: value for name, value in vars(args).items() if name not in ("command", "src", "out")}
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "src", "out", "threads")}
     if "damp_percent" in options:
         options["settings"] = Settings(damp_percent=options.pop("damp_percent"))
     summary = quantize(args.src, args.out, **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from . import _engine
+from . import _engine, _threads
 from ._output import note, quiet_libraries, read_text
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
     _engine.add_flags(parser)
+    _threads.add_flag(parser)
 
 
 def with_config(args: argparse.Namespace) -> argparse.Namespace:
@@ -115,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and serve it."""
     quiet_libraries()
     args = with_config(args)
+    _threads.apply(args)
     template = read_text("--chat-template", args.chat_template) if hasattr(args, "chat_template") else None
     host = getattr(args, "host", "127.0.0.1")
     with contextlib.ExitStack() as held:

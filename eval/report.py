@@ -130,8 +130,33 @@ def bench_table(rows: Iterable[Result]) -> Table:
         doubt = "" if row.n else " (disturbed)"
         cell = f"{row.value:.1f}{versus}{doubt}"
         lines.setdefault((row.model, _engine(row), row.spec, _conditions(row)), {})[row.metric] = cell
-    cells = [[*who[:2], f"`{who[2]}`", who[3], *(found.get(c, "–") for c in cases)] for who, found in lines.items()]
+    cells = [
+        [*who[:2], f"`{who[2]}`", who[3].split(" | ")[0], *(found.get(c, "–") for c in cases)]
+        for who, found in lines.items()
+    ]
     return [["model", "engine", "weights", "conditions", *(f"{case}, tok/s" for case in cases)], *cells]
+
+
+def kernels_table(rows: Iterable[Result]) -> Table:
+    """One line per weight and shape: microseconds of ours by rows of x, and F.linear's time over it."""
+    newest = latest(rows)
+    metrics = list(dict.fromkeys(row.metric for row in newest))
+    taken = {(row.spec, row.model, row.task.split("/", 2)[2], row.metric, _contender(row)): row.value for row in newest}
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for (spec, shape, where, metric, name), value in taken.items():
+        if name == "bitsmith":
+            dense = taken.get((spec, shape, where, metric, "linear"))
+            versus = f" ({dense / value:.2g}x)" if dense else ""
+            lines.setdefault((spec, shape, where), {})[metric] = f"{value:.0f}{versus}"
+    cells = [
+        [f"`{spec}`", shape, where, *(found.get(m, "–") for m in metrics)]
+        for (spec, shape, where), found in lines.items()
+    ]
+    return [["weight", "outputs x inputs", "on", *metrics], *cells]
+
+
+def _contender(row: Result) -> str:
+    return row.task.split("/")[1]
 
 
 def support_table(rows: Iterable[Result]) -> Table:
@@ -145,7 +170,8 @@ def _engine(row: Result) -> str:
 
 
 def _conditions(row: Result) -> str:
-    return row.task.split("/")[3]
+    """Threads and our form in that run: what the engines of one run have in common."""
+    return " | ".join(row.task.split("/")[3:])
 
 
 def markdown(table: Table) -> str:
@@ -222,7 +248,8 @@ def table_for(name: str, rows: Sequence[Result]) -> str:
         return markdown(quality_table(next(iter(tasks.values()))))
     others = [row for row in rows if row.task.split("/")[0] == name]
     if others:
-        return markdown({"bench": bench_table, "support": support_table}.get(name, task_table)(others))
+        tables = {"bench": bench_table, "kernels": kernels_table, "support": support_table}
+        return markdown(tables.get(name, task_table)(others))
     return UNMEASURED
 
 

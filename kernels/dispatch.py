@@ -38,7 +38,7 @@ class Matmul(Protocol):
 
     @property
     def name(self) -> str:
-        """Which path this is: reference, triton, int4pack, lookup, int8, or a8+one of them."""
+        """Which path this is: reference, triton, native, native-a8, int4pack, lookup, int8, or a8+one of them."""
         ...
 
     @property
@@ -172,13 +172,13 @@ class RoundedInput:
 def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "") -> Matmul:
     """The product of `q` for inputs of `dtype`. The caller drops `q`.
 
-    exact: dequantized values exactly, whatever it costs. act: "" or "a8" (int8 activations per token, W8A8), in
+    exact: dequantized values exactly, whatever it costs. act: "" or "a8" (activations in 8 bits, activation.py), in
     addition to what the spec asks for. Raises UserError for an unknown `act`, an unknown BITSMITH_KERNELS, or one
     that this tensor's device rules out.
     """
     act = act or q.spec.act
     if act not in ACTS:
-        raise UserError(f"activation quantization is {act!r}; accepted: a8 (int8 per token), or leave it out")
+        raise UserError(f"activation quantization is {act!r}; accepted: a8 (8 bits per token), or leave it out")
     path = "reference" if exact else _path(q, dtype)
     inner = core(q)
     if path == "cpu" and act and (found := cpu.int8_linear(inner)):

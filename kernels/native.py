@@ -41,6 +41,8 @@ ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
+# Of native.cpp's functions and structures.
+_ABI = 1
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 
@@ -64,6 +66,9 @@ def library() -> ctypes.CDLL | None:
         log.info("no native CPU kernels in this installation (no C++ compiler when it was built): using torch's own")
         return None
     lib = ctypes.CDLL(str(found[-1]))
+    if getattr(lib, "bitsmith_abi", lambda: 0)() != _ABI:
+        log.warning("%s was built from other sources: run `pip install -e .` again; using torch's own", found[-1])
+        return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
     lib.bitsmith_pack.argtypes = lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]

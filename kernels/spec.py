@@ -72,7 +72,7 @@ class Spec:
     view: str = ""
     # Steps applied to the input before the product, in the order of PRES: "inscale", "perm", "had128".
     pre: tuple[str, ...] = ()
-    # Activation quantization: "" = none, "a8" = int8 per token.
+    # Activation quantization: "" = none, "a8" = 8 bits: int8 per token, FP8 where weights are (activation.py).
     act: str = ""
     # Consecutive inputs one code stands for (codebook).
     vec: int = 1

@@ -175,6 +175,18 @@ def test_bfloat16_activations_on_request(monkeypatch: pytest.MonkeyPatch) -> Non
         dispatch.prepare(q, torch.bfloat16)
 
 
+@pytest.mark.parametrize("text", ["affine4.g32.asym", "affine3.g128.asym", "affine8.channel.sym.f32"])
+def test_a_row_does_not_depend_on_its_neighbours(text: str) -> None:
+    """int8 products of few rows give a row the same bits whatever the batch, on vectors and on tiles."""
+    product = native.pack(random_qtensor(text, (80, 256)))
+    x = torch.randn(48, 256)
+    alone = torch.cat([product(row[None]) for row in x])
+    for path in paths():
+        if path in ("avx512", "amx"):
+            for m in (1, 2, 4, 7, 16, 33, 48):
+                assert torch.equal(product(x[:m].contiguous(), path), alone[:m])
+
+
 def test_exact_never_rounds_activations() -> None:
     q = random_qtensor("affine4.g128.asym", (64, 256))
     x = torch.randn(3, 256)

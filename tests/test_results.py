@@ -165,6 +165,29 @@ def test_bench_table_compares_engines_of_one_run() -> None:
     ]
 
 
+def test_bench_table_keeps_runs_apart() -> None:
+    """A peer measured beside two forms of ours is compared with the one of its own run."""
+    rows = [
+        replace(ROW, model="1.1b", method="", metric="decode-b1", n=3, spec=spec, value=value, task=f"bench/decode/{engine}/2 threads/{ours}")
+        for ours, values in (("affine4.g128.sym", (40.0, 20.0)), ("affine8.g32.sym", (30.0, 10.0)))
+        for engine, spec, value in (("bitsmith", ours, values[0]), ("llama.cpp", "Q", values[1]))
+    ]  # fmt: skip
+    assert [line.split(" | ")[-1] for line in table_for("bench", rows).splitlines()[2:]] == [
+        "40.0 |", "20.0 (ours 2.00x) |", "30.0 |", "10.0 (ours 3.00x) |",
+    ]  # fmt: skip
+
+
+def test_kernels_table_compares_with_the_unquantized_product() -> None:
+    rows = [
+        replace(ROW, model="4096x4096", method="", spec="affine4.g128.sym", metric=metric, task=f"kernels/{name}/cpu/2 threads", value=value)
+        for metric, times in (("m1 us", (200.0, 500.0)), ("m8 us", (300.0, 600.0)))
+        for name, value in zip(("bitsmith", "linear"), times, strict=True)
+    ]  # fmt: skip
+    assert table_for("kernels", rows).splitlines()[2:] == [
+        "| `affine4.g128.sym` | 4096x4096 | cpu/2 threads | 200 (2.5x) | 300 (2x) |"
+    ]
+
+
 def test_support_table_lists_claims() -> None:
     row = replace(ROW, model="", spec="", method="", task="support/formats", metric="reads GPTQ", value=7.0, n=7)
     assert table_for("support", [row]).splitlines()[2:] == ["| formats | reads GPTQ | 7 |"]

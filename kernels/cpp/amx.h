@@ -135,7 +135,7 @@ BITSMITH_AMX void many(const Weight& w, const Input& x, int64_t nb, void* y, int
   alignas(64) static thread_local std::vector<uint8_t> scratch;
   if (static_cast<int64_t>(scratch.size()) < blocks * decoded + 64) scratch.resize(blocks * decoded + 64);
   uint8_t* panel = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
-  const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : reinterpret_cast<const uint16_t*>(w.codes));
+  const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : nullptr);
   if (whole) decode<BITS, KIND>(w, table, nb, 0, x.inputs / BLOCK, panel);
   alignas(64) float total[32 * 32];
   int64_t configured = 0;

@@ -64,7 +64,9 @@ BITSMITH_512_INLINE void unpack(const uint8_t* p, __m512i (&v)[8]) {
 template <int BITS>
 struct Table {
   __m512i t[4];
+  // values: null where the codes are the numbers, and nothing is looked up.
   BITSMITH_512_INLINE explicit Table(const uint16_t* values) {
+    if (!values) return;
     if constexpr (BITS <= 5) {
       uint16_t words[32];
       for (int i = 0; i < 32; ++i) words[i] = values[i & ((1 << BITS) - 1)];
@@ -92,8 +94,6 @@ struct Table {
     }
   }
 };
-
-// 5-bit tables index a word permutation with 5 bits, so bits above must not reach it; planes of 4 bits are masked by `unpack`.
 
 BITSMITH_512_INLINE __m512 load16(const void* p, int64_t i, int32_t dtype) {
   switch (dtype) {
@@ -139,7 +139,7 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
   for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   const int64_t k_blocks = w.k_blocks(), groups = w.groups(), per = x.chunk / BLOCK;
   const uint8_t* p = w.block(nb, 0);
-  [[maybe_unused]] const Table<BITS> table(KIND == BFLOAT ? w.values : reinterpret_cast<const uint16_t*>(p));
+  [[maybe_unused]] const Table<BITS> table(KIND == BFLOAT ? w.values : nullptr);
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t stop = std::min((c + 1) * per, k_blocks);
     __m512 dot[MR];

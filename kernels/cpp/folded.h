@@ -94,7 +94,7 @@ BITSMITH_AMX void rows(const Weight& w, const Input& x, int64_t nb, int64_t coun
   static thread_local std::vector<uint8_t> scratch;
   if (static_cast<int64_t>(scratch.size()) < panel_size * ((count + 1) / 2) + 64) scratch.resize(panel_size * ((count + 1) / 2) + 64);
   uint8_t* panels = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(scratch.data()) + 63) & ~uintptr_t{63});
-  const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : reinterpret_cast<const uint16_t*>(w.codes));
+  const avx512::Table<BITS> table(KIND == BFLOAT ? w.values : nullptr);
   for (int64_t b = nb; b < last; b += 2) decode<BITS, KIND>(w, table, b, x.inputs / BLOCK, panels + (b - nb) / 2 * panel_size);
   alignas(64) float sums[32 * 32];
   int64_t configured = 0;

@@ -3,7 +3,7 @@
 #pragma once
 #include "common.h"
 
-#if BITSMITH_X86 && defined(__linux__)
+#if BITSMITH_X86 && defined(__linux__) && !defined(__clang__)
 #define BITSMITH_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define BITSMITH_CLONES

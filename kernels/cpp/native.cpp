@@ -105,6 +105,9 @@ constexpr int64_t PANEL_ROWS[] = {384, 80};
 
 }  // namespace
 
+// Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
+BITSMITH_API int32_t bitsmith_abi() { return 1; }
+
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
 // y [m, n] = x [m, k] @ W^T. x and y dense, float32, bfloat16 or float16. path: -1 = the best for this machine and m.
