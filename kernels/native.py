@@ -9,7 +9,7 @@ operators by measurement (results/LOG.md).
                            (llama.cpp: 32); integer dot products are exact
     minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums
 
-From some hundred rows on, weights are decoded once and scaled in bfloat16, and activations stay in bfloat16 for all.
+From some dozens of rows on, weights are decoded once and scaled in bfloat16, and activations stay in bfloat16 for all.
 `BITSMITH_ACT=bf16` keeps them there for affine weights at any number of rows. What int8 activations cost in KL
 divergence is in results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from,
 bit for bit.
