@@ -107,7 +107,8 @@ int32_t choose(const Weight& w, int64_t m) {
   const int32_t best = best_path();
   if (best != AMX) return best;
   const int64_t chunk = w.chunk(), panels = w.kind == BFLOAT ? 48 : chunk == 32 ? 24 : chunk == 64 ? 40 : 80;
-  return m <= (chunk == 32 ? 8 : FEW_ROWS) ? AVX512 : m < panels ? AMX : FOLDED;
+  const int64_t few = w.kind == BFLOAT ? 2 : chunk == 32 ? 8 : FEW_ROWS;
+  return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
 }  // namespace
