@@ -134,8 +134,11 @@ class NativeLinear:
 
 
 def supports(q: QTensor) -> bool:
-    """Whether `pack` can take `q` on this machine. The plain loops of a processor without AVX2 are ten times slower
-    than torch's operators: they define the result and are not used for it."""
+    """Whether `pack` can take `q` on this machine.
+
+    The plain loops of a processor without AVX2 are ten times slower than torch's operators: they define the result and
+    are not used for it.
+    """
     if best_path() in ("", "generic"):
         return False
     plain = straighten(q).spec
@@ -152,10 +155,7 @@ def supports(q: QTensor) -> bool:
         return True
     if best_path() not in ("avx512", "amx") or plain.family not in ("affine", "minifloat", "codebook"):
         return False
-    if plain.table == ROW_TABLE:
-        return False
-    table = _table(q)
-    return table is not None
+    return plain.table != ROW_TABLE and _table(q) is not None
 
 
 def pack(q: QTensor) -> NativeLinear:
@@ -288,6 +288,3 @@ def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> N
         weight.scale_table = parts["scale_table"].data_ptr()
     if "scale_offset" in parts:
         weight.scale_offset = float(parts["scale_offset"])
-
-
-__all__ = ["PATHS", "NativeLinear", "best_path", "library", "pack", "supports"]

@@ -27,6 +27,7 @@ SPECS = (
     "affine5.g128.asym.bf16", "affine6.g64.asym", "affine7.g128.asym.f32", "affine8.g128.asym", "affine8.channel.sym.f32",
     "minifloat8.e4m3.g128x128.f32", "minifloat8.e4m3.channel.f32", "minifloat8.e5m2.tensor.f32",
     "codebook4.nf4.g64.f32", "codebook4.nf4.g64.u8:f32:256", "codebook4.fp4.g64.bf16",
+    "codebook4.nf4.g64.u8:f32:256.flat", "affine4.g64.zf16.flat",
 )  # fmt: skip
 # Rows and inputs that fill blocks and that do not.
 SHAPES = ((48, 256), (33, 160), (16, 128), (1, 64), (40, 608))
