@@ -6,7 +6,9 @@ error: a model is never returned with random numbers in it.
 """
 
 import logging
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ def load_model(
     ckpt = Checkpoint(path)
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
+    read_ahead(ckpt.files)
     model = build(ckpt, wanted, attn_implementation)
     loader = _Loader(model, ckpt, device, wanted, exact, act)
     loader.fill()
@@ -75,6 +78,21 @@ def load_model(
             fuse(model, device)
     model.eval()
     return model
+
+
+def read_ahead(files: Iterable[Path]) -> None:
+    """Have the system read `files` while the model is built and the first weights are packed.
+
+    A hint: nothing waits for it, and a file that is missing is the reader's to report.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in filter(Path.is_file, files):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def load_tokenizer(path: str | Path) -> Any:
