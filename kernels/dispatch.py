@@ -86,34 +86,6 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Makes a Matmul of a Core that has no steps around it. At one token a step, five microseconds less than Shaped."""
-
-    core: Core
-    # (out_features N, in_features K)
-    shape: tuple[int, int]
-
-    @property
-    def name(self) -> str:
-        return self.core.name
-
-    @property
-    def nbytes(self) -> int:
-        return self.core.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        n, k = self.shape
-        if not x.numel():
-            return x.new_empty(*x.shape[:-1], n)
-        rows = x if x.dtype is torch.bfloat16 else x.to(torch.bfloat16)
-        y = self.core(rows.reshape(-1, k).contiguous())
-        return (y if x.dtype is torch.bfloat16 else y.to(x.dtype)).view(*x.shape[:-1], n)
-
-    def qtensor(self) -> QTensor:
-        return self.core.qtensor()
-
-
-@dataclass(frozen=True)
 class Shaped:
     """Makes a Matmul of a Core: any leading shape, strides and dtype; the steps around the product."""
 
@@ -123,6 +95,8 @@ class Shaped:
     shape: tuple[int, int]
     # in_scale, perm, out_scale
     sides: Mapping[str, Tensor]
+    # Whether there are steps or padding: asking the spec at every call would cost five microseconds.
+    stepped: bool
 
     @property
     def name(self) -> str:
@@ -137,9 +111,12 @@ class Shaped:
         rows = x.reshape(-1, k).to(torch.bfloat16)
         if not rows.shape[0]:
             return x.new_empty(*x.shape[:-1], n)
-        rows = apply_pre(self.spec, self.sides, rows, core_shape(self.spec, self.shape)[1])
+        if self.stepped:
+            rows = apply_pre(self.spec, self.sides, rows, core_shape(self.spec, self.shape)[1])
         y = self.core(rows.contiguous())
-        return apply_post(self.spec, self.sides, y, n).to(x.dtype).reshape(*x.shape[:-1], n)
+        if self.stepped:
+            y = apply_post(self.spec, self.sides, y, n)
+        return y.to(x.dtype).reshape(*x.shape[:-1], n)
 
     def qtensor(self) -> QTensor:
         return with_steps(self.core.qtensor(), self.spec, self.shape, self.sides)
@@ -216,10 +193,9 @@ def forced() -> str:
     return path
 
 
-def _shaped(product: Core, q: QTensor) -> Matmul:
-    if q.spec.pre or q.spec.post or core_shape(q.spec, q.shape) != q.shape:
-        return Shaped(product, q.spec, q.shape, sides(q.parts))
-    return Plain(product, q.shape)
+def _shaped(product: Core, q: QTensor) -> Shaped:
+    stepped = bool(q.spec.pre or q.spec.post) or core_shape(q.spec, q.shape) != q.shape
+    return Shaped(product, q.spec, q.shape, sides(q.parts), stepped)
 
 
 def _native(q: QTensor, dtype: torch.dtype) -> Matmul | None:

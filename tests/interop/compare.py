@@ -51,8 +51,9 @@ def theirs(peer: str, job: dict[str, Any], folder: Path) -> float:
     """Seconds the peer's quantizer took, loading the model included, as ours does."""
     jobs = folder / "jobs.json"
     jobs.write_text(json.dumps([job]))
-    script = Path(__file__).with_name("peers.py")
-    subprocess.run([peer, str(script), str(jobs)], check=True, stdout=subprocess.DEVNULL)
+    script = Path(__file__).resolve().with_name("peers.py")
+    # gptqmodel leaves its logs where it is started.
+    subprocess.run([peer, str(script), str(jobs)], check=True, stdout=subprocess.DEVNULL, cwd=folder)
     found: float = json.loads(Path(job["out"] + ".json").read_text())["seconds"]
     return found
 
