@@ -2,7 +2,7 @@
 
     python examples/activation_cost.py MODEL TEXT
 
-MODEL is rounded to 4 bits g128. Windows of 48 tokens keep every product on the paths of few rows, where int8 activations
+MODEL is rounded to 4 bits g128. Windows of 48 tokens keep products on the paths of few rows, where int8 activations
 are used. Appends a row for each to results/activations.jsonl.
 """
 

@@ -59,12 +59,8 @@ BITSMITH_512_INLINE void values(const layer::Attention& a, const int64_t* slots,
 BITSMITH_512 inline void attend(const layer::Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch, int64_t* slots) {
   const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
   const int64_t padded = (keys + 15) / 16 * 16, head = kv * (a.heads / a.kv_heads) + first;
-  const int32_t* table = a.table + row * a.pages;
   // Beyond the last key its own slot again: read, and then masked.
-  for (int64_t j = 0; j < padded; ++j) {
-    const int64_t at = begin + std::min(j, keys - 1);
-    slots[j] = table[at / a.block_size] * a.block_size + at % a.block_size;
-  }
+  for (int64_t j = 0; j < padded; ++j) slots[j] = a.slot(row, begin + std::min(j, keys - 1));
   const uint16_t* query = a.q + row * a.q_stride + head * a.key_dim;
   for (int64_t j = 0; j < padded; j += 16) {
     const uint16_t* key[16];

@@ -95,6 +95,9 @@ struct Attention {
   const float* sinks;              // [heads] or null
   int64_t rows, heads, kv_heads, key_dim, value_dim, pages, block_size, window, q_stride;
   float scale, softcap;
+
+  // Where position `at` of a row's sequence lies in the cache.
+  int64_t slot(int64_t row, int64_t at) const { return table[row * pages + at / block_size] * block_size + at % block_size; }
 };
 
 constexpr int64_t GROUP = 8;
@@ -103,13 +106,12 @@ constexpr int64_t GROUP = 8;
 BITSMITH_CLONES inline void attend(const Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch) {
   const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
   const int64_t d = a.key_dim, dv = a.value_dim, head = kv * (a.heads / a.kv_heads) + first;
-  const int32_t* table = a.table + row * a.pages;
   float *scores = scratch, *sums = scores + GROUP * keys, *wide = sums + GROUP * dv;
   float query[GROUP * 256];
   for (int64_t g = 0; g < count; ++g)
     for (int64_t i = 0; i < d; ++i) query[g * d + i] = bfloat_to_float(a.q[row * a.q_stride + (head + g) * d + i]) * a.scale;
   for (int64_t j = 0; j < keys; ++j) {
-    const int64_t at = begin + j, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
+    const int64_t slot = a.slot(row, begin + j);
     const uint16_t* key = a.k + (slot * a.kv_heads + kv) * d;
 #pragma omp simd
     for (int64_t i = 0; i < d; ++i) wide[i] = bfloat_to_float(key[i]);
@@ -139,7 +141,7 @@ BITSMITH_CLONES inline void attend(const Attention& a, int64_t row, int64_t kv, 
   }
   std::memset(sums, 0, static_cast<size_t>(GROUP * dv) * 4);
   for (int64_t j = 0; j < keys; ++j) {
-    const int64_t at = begin + j, slot = table[at / a.block_size] * a.block_size + at % a.block_size;
+    const int64_t slot = a.slot(row, begin + j);
     const uint16_t* value = a.v + (slot * a.kv_heads + kv) * dv;
 #pragma omp simd
     for (int64_t i = 0; i < dv; ++i) wide[i] = bfloat_to_float(value[i]);
