@@ -47,44 +47,27 @@ BITSMITH_256 inline void unpack(const uint8_t* p, int32_t bits, uint8_t* out) {
   }
 }
 
-BITSMITH_256 inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
-  const int64_t k_blocks = w.k_blocks(), per = x.chunk / BLOCK;
-  static thread_local std::vector<float> totals;
-  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
+BITSMITH_256 inline void dots(const uint8_t* codes, const int8_t* q, int64_t fours, int32_t bits, int32_t* out) {
   const __m256i low = _mm256_set1_epi8(0x0f);
-  for (int64_t c = 0; c < x.chunks; ++c) {
-    const int64_t first = c * per, stop = std::min(first + per, k_blocks);
-    alignas(64) uint8_t codes[4 * 512];
-    for (int64_t kb = first; kb < stop; ++kb) unpack(w.block(nb, kb), w.bits, codes + (kb - first) * 512);
-    float scale[ROWS], zero[ROWS];
-    scales_of(w, nb, c * x.chunk / w.group, scale, zero);
-    for (int64_t m = 0; m < x.m; ++m) {
-      const int8_t* q = x.q.data() + m * x.stride + first * BLOCK;
-      const __m256 step = _mm256_set1_ps(x.scale[m * x.chunks + c]), sum = _mm256_set1_ps(x.sum[m * x.chunks + c]);
-      for (int64_t half = 0; half < 2; ++half) {
-        __m256i dot = _mm256_setzero_si256(), high = _mm256_setzero_si256();
-        for (int64_t four = 0; four < (stop - first) * 8; ++four) {
-          const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + four * 64 + half * 32));
-          int32_t inputs;
-          std::memcpy(&inputs, q + four * 4, 4);
-          const __m256i b = _mm256_set1_epi32(inputs);
-          if (w.bits < 8) {
-            dot = dot4(dot, v, b);
-          } else {
-            dot = dot4(dot, _mm256_and_si256(v, low), b);
-            high = dot4(high, _mm256_and_si256(_mm256_srli_epi32(v, 4), low), b);
-          }
-        }
-        dot = _mm256_add_epi32(dot, _mm256_slli_epi32(high, 4));
-        float* total = totals.data() + m * ROWS + half * 8;
-        const __m256 value = _mm256_fnmadd_ps(_mm256_loadu_ps(zero + half * 8), sum, _mm256_mul_ps(_mm256_cvtepi32_ps(dot), step));
-        _mm256_storeu_ps(total, _mm256_fmadd_ps(value, _mm256_loadu_ps(scale + half * 8), _mm256_loadu_ps(total)));
+  for (int64_t half = 0; half < 2; ++half) {
+    __m256i dot = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+    for (int64_t four = 0; four < fours; ++four) {
+      const __m256i v = _mm256_load_si256(reinterpret_cast<const __m256i*>(codes + four * 64 + half * 32));
+      int32_t inputs;
+      std::memcpy(&inputs, q + four * 4, 4);
+      const __m256i b = _mm256_set1_epi32(inputs);
+      if (bits < 8) {
+        dot = dot4(dot, v, b);
+      } else {
+        dot = dot4(dot, _mm256_and_si256(v, low), b);
+        high = dot4(high, _mm256_and_si256(_mm256_srli_epi32(v, 4), low), b);
       }
     }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + half * 8), _mm256_add_epi32(dot, _mm256_slli_epi32(high, 4)));
   }
-  for (int64_t m = 0; m < x.m; ++m)
-    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
 }
+
+inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) { generic::rows_by(unpack, dots, w, x, nb, y, dtype); }
 
 }  // namespace bitsmith::avx2
 #endif

@@ -20,7 +20,17 @@ inline void unpack(const uint8_t* p, int32_t bits, uint8_t* out) {
   }
 }
 
-inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+// Dot products of 16 rows with `fours` times four activations.
+inline void dots(const uint8_t* codes, const int8_t* q, int64_t fours, int32_t, int32_t* dot) {
+  std::memset(dot, 0, ROWS * 4);
+  for (int64_t four = 0; four < fours; ++four)
+    for (int64_t r = 0; r < ROWS; ++r)
+      for (int64_t b = 0; b < 4; ++b) dot[r] += codes[four * 64 + r * 4 + b] * q[four * 4 + b];
+}
+
+// 16 outputs, all rows of activations; what instructions there are is in `unpack` and `dots`.
+template <class Unpack, class Dots>
+void rows_by(Unpack unpack, Dots dots, const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   const int64_t k_blocks = w.k_blocks(), per = x.chunk / BLOCK;
   static thread_local std::vector<float> totals;
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
@@ -32,10 +42,8 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
     scales_of(w, nb, c * x.chunk / w.group, scale, zero);
     for (int64_t m = 0; m < x.m; ++m) {
       const int8_t* q = x.q.data() + m * x.stride + first * BLOCK;
-      int32_t dot[ROWS] = {};
-      for (int64_t four = 0; four < (stop - first) * 8; ++four)
-        for (int64_t r = 0; r < ROWS; ++r)
-          for (int64_t b = 0; b < 4; ++b) dot[r] += codes[four * 64 + r * 4 + b] * q[four * 4 + b];
+      int32_t dot[ROWS];
+      dots(codes, q, (stop - first) * 8, w.bits, dot);
       const float step = x.scale[m * x.chunks + c], sum = x.sum[m * x.chunks + c];
       for (int64_t r = 0; r < ROWS; ++r)
         totals[m * ROWS + r] += (static_cast<float>(dot[r]) * step - zero[r] * sum) * scale[r];
@@ -44,6 +52,8 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
 }
+
+inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) { rows_by(unpack, dots, w, x, nb, y, dtype); }
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   for (int64_t c = 0; c < in.chunks; ++c) {
