@@ -108,6 +108,6 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with contextlib.aclosing(self.events):
             async for event in self.events:
-                await data(json.dumps(event, ensure_ascii=False))
+                await data(json.dumps(event, ensure_ascii=True))
         await data("[DONE]")
         await send({"type": "http.response.body", "body": b""})
