@@ -96,7 +96,7 @@ def parse_body(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
         if b"\\ud" in raw.lower():
-            json.dumps(body, ensure_ascii=True).encode()
+            json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise RequestError(
             "the body holds an unpaired surrogate (\\ud800-\\udfff): send the character as UTF-8"
