@@ -67,7 +67,7 @@ Rows rows_of(const Weight& w, int32_t path) {
 #endif
   if (path == AVX512 && w.kind == INT8) BY_BITS(avx512::rows, INT8)
   if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
-  if (path == AVX2) return avx2::rows;
+  if (path == AVX2) BY_BITS(avx2::rows, INT8)
 #endif
   return generic::rows;
 }
@@ -75,6 +75,7 @@ Rows rows_of(const Weight& w, int32_t path) {
 Prepare prepare_of(const Weight& w, int32_t path) {
 #if BITSMITH_X86
   if (path == FOLDED) return avx512::prepare<BFLOAT>;
+  if (path == AVX2) return avx2::prepare;
   if (path >= AVX512) return w.kind == INT8 ? avx512::prepare<INT8> : avx512::prepare<BFLOAT>;
 #endif
   return generic::prepare;
