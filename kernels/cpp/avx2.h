@@ -16,15 +16,17 @@ constexpr int whole_blocks(int bits) { return bits <= 2 ? 4 : bits == 3 ? 2 : bi
 // Byte vectors whose products fit, where a block's do not.
 constexpr int run(int bits) { return bits == 5 ? 4 : bits == 6 ? 2 : bits == 7 ? 1 : 8; }
 
-// As avx512.h's: the hardware's own prefetching stops short of what memory gives.
-constexpr int64_t AHEAD = 1024;
+// As in avx512.h: the hardware's own prefetching stops short of what memory gives.
+template <int BITS>
+BITSMITH_256_INLINE void ahead(const uint8_t* p) {
+  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + 1024 + 64 * j), _MM_HINT_T0);
+}
 
 BITSMITH_256_INLINE __m256i word(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
 // The byte vectors of a block: rows 0-7 of vector j in v[2 j], rows 8-15 in v[2 j + 1].
 template <int BITS>
 BITSMITH_256_INLINE void unpack(const uint8_t* p, __m256i (&v)[16]) {
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + 64 * j), _MM_HINT_T0);
   if constexpr (BITS == 8) {
     for (int j = 0; j < 16; ++j) v[j] = word(p + 32 * j);
   }
@@ -114,9 +116,10 @@ BITSMITH_256_INLINE __m256i added(__m256i sums, __m256i codes, __m256i x) {
   return total;
 }
 
-// Dot products of 16 outputs with MR rows of `blocks` times 32 activations; codes as `unpack` gives them, q[m] at the first input.
-template <int BITS, int MR>
-BITSMITH_256_INLINE void dots(const __m256i* codes, int64_t blocks, const int8_t* const (&q)[MR], __m256i (&dot)[MR][2]) {
+// Dot products of 16 outputs with MR rows of `blocks` times 32 activations, q[m] at the first of them.
+// codes: as stored where PACKED (one row of activations: they meet nothing twice), as `unpack` leaves them otherwise.
+template <int BITS, int MR, bool PACKED>
+BITSMITH_256_INLINE void dots(const uint8_t* codes, int64_t blocks, const int8_t* const (&q)[MR], __m256i (&dot)[MR][2]) {
   // 8 bits: sums of the low halves of the codes, and of the high ones.
   constexpr int SUMS = BITS == 8 ? 2 : 1, RUN = run(BITS), WHOLE = whole_blocks(BITS);
   const __m256i low = _mm256_set1_epi8(0x0f);
@@ -135,10 +138,13 @@ BITSMITH_256_INLINE void dots(const __m256i* codes, int64_t blocks, const int8_t
       }
   };
   clear();
-  for (int64_t b = 0; b < blocks; ++b, codes += 16) {
+  for (int64_t b = 0; b < blocks; ++b, codes += 64 * (PACKED ? BITS : 8)) {
+    __m256i v[16];
+    if constexpr (PACKED) ahead<BITS>(codes);
+    unpack<PACKED ? BITS : 8>(codes, v);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i c[2] = {_mm256_load_si256(codes + 2 * j), _mm256_load_si256(codes + 2 * j + 1)};
+      const __m256i c[2] = {v[2 * j], v[2 * j + 1]};
       for (int m = 0; m < MR; ++m) {
         int32_t four;
         std::memcpy(&four, q[m] + b * BLOCK + 4 * j, 4);
@@ -163,12 +169,12 @@ BITSMITH_256_INLINE void dots(const __m256i* codes, int64_t blocks, const int8_t
 }
 
 // total[m][16 outputs] += one chunk of rows m0 .. m0 + MR - 1.
-template <int BITS, int MR>
-BITSMITH_256_INLINE void chunk(const Input& x, const __m256i* codes, int64_t c, int64_t blocks, int64_t m0, const Scales& by, float* total) {
+template <int BITS, int MR, bool PACKED = false>
+BITSMITH_256_INLINE void chunk(const Input& x, const uint8_t* codes, int64_t c, int64_t blocks, int64_t m0, const Scales& by, float* total) {
   const int8_t* q[MR];
   for (int m = 0; m < MR; ++m) q[m] = x.q.data() + (m0 + m) * x.stride + c * x.chunk;
   __m256i dot[MR][2];
-  dots<BITS, MR>(codes, blocks, q, dot);
+  dots<BITS, MR, PACKED>(codes, blocks, q, dot);
   for (int m = 0; m < MR; ++m) {
     const int64_t at = (m0 + m) * x.chunks + c;
     const __m256 step = _mm256_set1_ps(x.scale[at]), sum = _mm256_set1_ps(x.sum[at]);
@@ -188,15 +194,21 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
   float* total = totals.data();
   const uint8_t* p = w.block(nb, 0);
-  alignas(32) __m256i codes[4 * 16];
+  alignas(32) uint8_t codes[4 * 512];
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t blocks = std::min((c + 1) * per, k_blocks) - c * per;
+    const Scales by = scales16(w, nb, c * x.chunk / w.group, groups);
+    if (x.m == 1) {
+      chunk<BITS, 1, true>(x, p, c, blocks, 0, by, total);
+      p += blocks * 64 * BITS;
+      continue;
+    }
     for (int64_t b = 0; b < blocks; ++b, p += 64 * BITS) {
       __m256i v[16];
+      ahead<BITS>(p);
       unpack<BITS>(p, v);
-      for (int j = 0; j < 16; ++j) _mm256_store_si256(codes + 16 * b + j, v[j]);
+      for (int j = 0; j < 16; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 512 * b) + j, v[j]);
     }
-    const Scales by = scales16(w, nb, c * x.chunk / w.group, groups);
     int64_t m = 0;
     // As many rows as have registers for their sums.
     if constexpr (BITS < 8)
