@@ -42,7 +42,7 @@ _INT8, _BFLOAT = 0, 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 1
+_ABI = 2
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 
@@ -71,7 +71,8 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
-    lib.bitsmith_pack.argtypes = lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
+    lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
+    lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
     for name in ("linear", "pack", "unpack"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
@@ -193,13 +194,13 @@ def scale_rows(spec: Spec, n: int) -> int:
 
 
 def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
-    """Dense bit stream int32 [n, words] -> uint8 codes of cpp/common.h."""
+    """Dense bit stream int32 [n, words], of any strides -> uint8 codes of cpp/common.h."""
     lib = library()
     assert lib is not None
     out = _large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
-    stream = stream.reshape(n, -1).contiguous()
+    stream = stream.reshape(n, -1)
     assert stream.shape[1] == bits.words(k, width)
-    lib.bitsmith_pack(stream.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
+    lib.bitsmith_pack(stream.data_ptr(), *stream.stride(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
 
 
