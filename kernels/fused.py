@@ -11,7 +11,8 @@ otherwise be another model's: `form` of a norm says which of the three in use it
 
     llama  weight * round(x / rms)         gemma  round((x / rms) * (1 + weight))         float  round(weight * x / rms)
 
-The torch twins below are the oracle, and what runs on other devices. Left out: LayerNorm, exact (erf) GELU, gradients.
+One launch on a GPU; on a CPU one call of the native library (native_layer.py) in bfloat16, and the torch twins below
+otherwise, which are the oracle of both. Left out: LayerNorm, exact (erf) GELU, gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import native_layer, ops
 from .cases import Case, Target, Weight
 from .lang import EXACT, interpreted, jit, tl
 from .plans import power_of_two
@@ -175,18 +176,25 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     if _on_device(x):
         return _launch_norm(x, None, weight, eps, form)[0]
+    if native_layer.usable(x, weight):
+        return native_layer.norm(x, weight, eps, FORMS.index(form))
     return norm_twin(x, weight, eps, form).contiguous()
 
 
 def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
     if _on_device(x):
         return _launch_norm(x, residual, weight, eps, form)
+    if native_layer.usable(x, residual, weight):
+        return native_layer.add_norm(x, residual, weight, eps, FORMS.index(form))
     total = (x + residual).contiguous()
     return norm_twin(total, weight, eps, form), total
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if not _on_device(q):
+        if native_layer.usable(q, k, cos, sin):
+            cos, sin = cos.contiguous(), sin.contiguous()
+            return native_layer.turn(q, cos, sin, interleaved), native_layer.turn(k, cos, sin, interleaved)
         a, b = rope_twin(q, k, cos, sin, interleaved)
         return a.contiguous(), b.contiguous()
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -203,6 +211,8 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if not _on_device(gate):
+        if native_layer.usable(gate, up):
+            return native_layer.gated(gate, up, ACTS.index(act))
         return gated_twin(gate, up, act).contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():

@@ -19,7 +19,7 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import bits
+from . import bits, ops
 from .families import family
 from .pieces import straighten
 from .qtensor import QTensor
@@ -47,11 +47,15 @@ _ABI = 1
 _MAGNITUDES = 128
 
 
+# Tensors of a weight, by the names of QTensor's parts; `values` is derived.
+_POINTERS = ("codes", "scales", "zeros", "super_scales", "scale_table", "values")
+
+
 class _Weight(ctypes.Structure):
     """`Weight` of cpp/common.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "supers", "scale_table", "values")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_rows", "per_super")),
         *((name, ctypes.c_float) for name in ("zero", "scale_offset")),
         *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype")),
@@ -94,9 +98,13 @@ class NativeLinear:
     extra: Mapping[str, Tensor]
     # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
-    _weight: _Weight = field(repr=False)
-    # Derived, small: kept alive for `_weight`.
-    _values: Tensor | None = field(default=None, repr=False)
+    # uint8: the bytes of a _Weight without pointers, which `linear` sets from `_tensors`, in the order of _POINTERS.
+    _header: Tensor = field(repr=False)
+    _tensors: list[Tensor | None] = field(repr=False)
+
+    @property
+    def _weight(self) -> _Weight:
+        return _weight_of(self._header)
 
     @property
     def name(self) -> str:
@@ -111,14 +119,9 @@ class NativeLinear:
 
         path: one of PATHS, for tests and measurements; the best of this machine if empty.
         """
-        y = torch.empty(x.shape[0], self.shape[0], dtype=x.dtype)
-        dtype = _DTYPES[x.dtype]
-        lib = library()
-        assert lib is not None
-        lib.bitsmith_linear(
-            ctypes.byref(self._weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype,
-            torch.get_num_threads(), PATHS.index(path) if path else -1,
-        )  # fmt: skip
+        if path:
+            return _linear(x, self._header, self._tensors, self.shape[0], PATHS.index(path))
+        y: Tensor = linear(x, self._header, self._tensors, self.shape[0])
         return y
 
     def qtensor(self) -> QTensor:
@@ -131,6 +134,34 @@ class NativeLinear:
                 found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
+
+
+def _weight_of(header: Tensor) -> _Weight:
+    return _Weight.from_buffer_copy(_Weight.from_address(header.data_ptr()))
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
+    weight = _weight_of(header)
+    for name, tensor in zip(_POINTERS, tensors, strict=False):
+        if tensor is not None:
+            setattr(weight, name, tensor.data_ptr())
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    dtype = _DTYPES[x.dtype]
+    lib = library()
+    assert lib is not None
+    lib.bitsmith_linear(
+        ctypes.byref(weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype, torch.get_num_threads(), path
+    )
+    return y
+
+
+def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+# x [M, K] contiguous, columns in packed order; header and tensors as NativeLinear holds them -> [M, n] in x's dtype.
+# Addresses are taken from the tensors at each call: those of a traced graph may be others than the ones packed.
+linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
 
 
 def supports(q: QTensor) -> bool:
@@ -173,18 +204,20 @@ def pack(q: QTensor) -> NativeLinear:
     weight = _Weight(
         n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
         zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
-        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
         scale_dtype=_E8M0 if spec.scale == "e8m0" else _DTYPES[parts["scales"].dtype],
-        values=None if values is None else values.data_ptr(),
     )  # fmt: skip
     if "zeros" in parts:
-        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), _DTYPES[parts["zeros"].dtype]
+        weight.zero_dtype = _DTYPES[parts["zeros"].dtype]
     if spec.two_level:
         _second_level(weight, parts, spec)
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
     shapes = {name: t.shape for name, t in q.parts.items()}
-    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
+    header = torch.frombuffer(bytearray(weight), dtype=torch.uint8)
+    tensors = [values if name == "values" else parts.get(name) for name in _POINTERS]
+    while tensors[-1] is None:
+        tensors.pop()
+    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, header, tensors)
 
 
 def scale_rows(spec: Spec, n: int) -> int:
@@ -283,8 +316,6 @@ def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> N
     level = spec.two_level
     assert level is not None
     weight.per_super = level[1]
-    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), _DTYPES[parts["super_scales"].dtype]
-    if "scale_table" in parts:
-        weight.scale_table = parts["scale_table"].data_ptr()
+    weight.super_dtype = _DTYPES[parts["super_scales"].dtype]
     if "scale_offset" in parts:
         weight.scale_offset = float(parts["scale_offset"])
