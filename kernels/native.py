@@ -19,7 +19,7 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -42,24 +42,23 @@ _INT8, _BFLOAT = 0, 1
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 1
+_ABI = 3
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
-
-
-# Tensors of a weight, by the names of QTensor's parts; `values` is derived.
-_POINTERS = ("codes", "scales", "zeros", "super_scales", "scale_table", "values")
 
 
 class _Weight(ctypes.Structure):
     """`Weight` of cpp/common.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "supers", "scale_table", "values")),
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_rows", "per_super")),
         *((name, ctypes.c_float) for name in ("zero", "scale_offset")),
         *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype")),
     )
+
+
+_ADDRESSES = tuple(name for name, kind in _Weight._fields_ if kind is ctypes.c_void_p)
 
 
 @cache
@@ -98,13 +97,18 @@ class NativeLinear:
     extra: Mapping[str, Tensor]
     # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
-    # uint8: the bytes of a _Weight without pointers, which `linear` sets from `_tensors`, in the order of _POINTERS.
-    _header: Tensor = field(repr=False)
-    _tensors: list[Tensor | None] = field(repr=False)
+    _weight: _Weight = field(repr=False)
+    # Derived, small: kept alive for `_weight`.
+    _values: Tensor | None = field(default=None, repr=False)
+    # What `linear` takes.
+    _header: Tensor = field(init=False, repr=False)
+    _tensors: list[Tensor | None] = field(init=False, repr=False)
 
-    @property
-    def _weight(self) -> _Weight:
-        return _weight_of(self._header)
+    def __post_init__(self) -> None:
+        held = [*self.parts.values(), *([] if self._values is None else [self._values])]
+        header, tensors = operands(self._weight, held)
+        object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "_tensors", tensors)
 
     @property
     def name(self) -> str:
@@ -136,13 +140,20 @@ class NativeLinear:
         return QTensor(self.spec, self.shape, parts, self.extra)
 
 
-def _weight_of(header: Tensor) -> _Weight:
-    return _Weight.from_buffer_copy(_Weight.from_address(header.data_ptr()))
+def operands(weight: _Weight, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """What `linear` takes for `weight`: its bytes, and for each address in it the one of `tensors` that lies there."""
+    at = {t.data_ptr(): t for t in tensors}
+    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in _ADDRESSES]
+    # A None costs a fifth of a microsecond a call.
+    while found[-1] is None:
+        found.pop()
+    return torch.frombuffer(bytearray(weight), dtype=torch.uint8), found
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
-    weight = _weight_of(header)
-    for name, tensor in zip(_POINTERS, tensors, strict=False):
+    # The addresses of these tensors, not of those that were packed: a traced graph may have moved them.
+    weight = _Weight.from_buffer_copy(_Weight.from_address(header.data_ptr()))
+    for name, tensor in zip(_ADDRESSES, tensors, strict=False):
         if tensor is not None:
             setattr(weight, name, tensor.data_ptr())
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
@@ -159,8 +170,7 @@ def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n:
     return x.new_empty(x.shape[0], n)
 
 
-# x [M, K] contiguous, columns in packed order; header and tensors as NativeLinear holds them -> [M, n] in x's dtype.
-# Addresses are taken from the tensors at each call: those of a traced graph may be others than the ones packed.
+# x [M, K] contiguous, columns in packed order; header and tensors from `operands` -> [M, n] in x's dtype.
 linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
 
 
@@ -204,20 +214,18 @@ def pack(q: QTensor) -> NativeLinear:
     weight = _Weight(
         n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
         zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
+        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
         scale_dtype=_E8M0 if spec.scale == "e8m0" else _DTYPES[parts["scales"].dtype],
+        values=None if values is None else values.data_ptr(),
     )  # fmt: skip
     if "zeros" in parts:
-        weight.zero_dtype = _DTYPES[parts["zeros"].dtype]
+        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), _DTYPES[parts["zeros"].dtype]
     if spec.two_level:
         _second_level(weight, parts, spec)
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
     shapes = {name: t.shape for name, t in q.parts.items()}
-    header = torch.frombuffer(bytearray(weight), dtype=torch.uint8)
-    tensors = [values if name == "values" else parts.get(name) for name in _POINTERS]
-    while tensors[-1] is None:
-        tensors.pop()
-    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, header, tensors)
+    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
 
 
 def scale_rows(spec: Spec, n: int) -> int:
@@ -316,6 +324,8 @@ def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> N
     level = spec.two_level
     assert level is not None
     weight.per_super = level[1]
-    weight.super_dtype = _DTYPES[parts["super_scales"].dtype]
+    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), _DTYPES[parts["super_scales"].dtype]
+    if "scale_table" in parts:
+        weight.scale_table = parts["scale_table"].data_ptr()
     if "scale_offset" in parts:
         weight.scale_offset = float(parts["scale_offset"])

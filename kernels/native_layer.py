@@ -34,7 +34,7 @@ def _library() -> ctypes.CDLL | None:
     if lib is None:
         return None
     p, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    lib.bitsmith_norm.argtypes = [p, p, p, p, p, size, size, size, p, real, number, number]
+    lib.bitsmith_norm.argtypes = [p, p, p, size, size, size, size, size, real, number, number]
     lib.bitsmith_gated.argtypes = [p, p, p, size, size, size, size, number, number]
     lib.bitsmith_rope.argtypes = [p, p, p, p, size, size, size, size, size, size, number, number]
     lib.bitsmith_attend.argtypes = [p, number, number]
@@ -52,29 +52,15 @@ def _strange(t: Tensor) -> bool:
     return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or not t.is_cpu
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: int) -> tuple[Tensor, Tensor]:
-    lib = _library()
-    assert lib is not None
-    y, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-    rows, more = _matrix(x), _matrix(residual)
-    strides = (ctypes.c_int64 * 4)(rows.stride(0), rows.stride(1), more.stride(0), more.stride(1))
-    lib.bitsmith_norm(
-        rows.data_ptr(), more.data_ptr(), weight.data_ptr(), y.data_ptr(), total.data_ptr(), rows.shape[0] * rows.shape[1],
-        x.shape[-1], rows.shape[1], strides, eps, form, torch.get_num_threads(),
-    )  # fmt: skip
-    return y, total
-
-
 def norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
     """x [.., W], weight [W], both `usable`; form: its place in fused.FORMS -> x's shape, contiguous."""
     lib = _library()
     assert lib is not None
     y = torch.empty(x.shape, dtype=x.dtype)
     rows = _matrix(x)
-    strides = (ctypes.c_int64 * 4)(rows.stride(0), rows.stride(1), 0, 0)
     lib.bitsmith_norm(
-        rows.data_ptr(), None, weight.data_ptr(), y.data_ptr(), None, rows.shape[0] * rows.shape[1], x.shape[-1],
-        rows.shape[1], strides, eps, form, torch.get_num_threads(),
+        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.shape[0] * rows.shape[1], x.shape[-1], rows.shape[1],
+        rows.stride(0), rows.stride(1), eps, form, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
