@@ -116,7 +116,7 @@ int32_t choose(const Weight& w, int64_t m) {
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 2; }
+BITSMITH_API int32_t bitsmith_abi() { return 4; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -185,13 +185,11 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// Rows of x and residual lie at row / inner * outer_stride + row % inner * inner_stride; results are dense. bfloat16.
-BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, uint16_t* y, uint16_t* total, int64_t rows,
-                                int64_t width, int64_t inner, const int64_t* strides, float eps, int32_t form, int32_t threads) {
+// Row i of x lies at i / inner * outer_stride + i % inner * inner_stride; y is dense. bfloat16.
+BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, int64_t inner,
+                                int64_t outer_stride, int64_t inner_stride, float eps, int32_t form, int32_t threads) {
   pool().run(rows, rows * width < (1 << 16) ? 1 : threads, [&](int64_t row) {
-    const int64_t outer = row / inner, nth = row % inner, to = row * width;
-    const uint16_t* other = residual ? residual + outer * strides[2] + nth * strides[3] : nullptr;
-    layer::norm(x + outer * strides[0] + nth * strides[1], other, weight, y + to, total ? total + to : nullptr, width, eps, form);
+    layer::norm(x + row / inner * outer_stride + row % inner * inner_stride, weight, y + row * width, width, eps, form);
   });
 }
 
