@@ -185,10 +185,13 @@ def supports(q: QTensor) -> bool:
         return False
     plain = straighten(q).spec
     group = q.shape[1] if plain.group == -1 else plain.group
+    if plain.zero == "min" or plain.scale == "ue4m3" or (plain.two_level and plain.scale_code != (8, 0)):
+        return False
     if (
         plain.view
         or plain.vec > 1
         or plain.bits > 8
+        or "global_scale" in q.parts
         or (group % BLOCK and group < q.shape[1])
         or (plain.rows > 1 and plain.rows % ROWS)
     ):
