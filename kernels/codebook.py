@@ -7,6 +7,8 @@ values are the format's and never stored). Its shape, in float32, float16 or bfl
     [R, 2**bits]            the same, each output row its own (`rowtable`)
     [books, 2**bits, vec]   a code stands for `vec` consecutive inputs; the vectors of all books are added
 
+Codes of the named grids hold more than an index: kernels/grids.py.
+
 The codes of one vector are stored side by side, book 0 lowest, so they are one code of bits * books bits to whatever
 packs, cuts or repacks them. Rounding contract: table entries to float32, added in the order of the books, multiplied
 by the float32 (effective) scale. Left out: choosing vectors or tables (a calibration method's work), tables of more
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import grids
 from .affine import stored
 from .families import Family, one_level_parts
 from .grid import Params, blocks, search
-from .spec import ROW_TABLE, Spec
+from .spec import GRIDS, ROW_TABLE, Spec
 
 # QLoRA (arXiv 2305.14314) appendix E: quantiles of N(0, 1), each half holding zero, scaled to [-1, 1].
 NF4 = (
@@ -37,11 +40,13 @@ _FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.333333343267
 IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
 VALUES = {"nf4": NF4, "fp4": _FP4_HALF + tuple(-v for v in _FP4_HALF), "iq4nl": IQ4NL, "sign": (-1.0, 1.0)}
 # Tables that are not parts of a tensor.
-FIXED = ("iq4nl", "sign")
+FIXED = ("iq4nl", "sign", *GRIDS)
 
 
 def table(spec: Spec) -> Tensor:
     """float32 [2**bits] of a named table. Raises UserError where the spec names none."""
+    if spec.table in GRIDS:
+        raise UserError(f"{spec}: nothing here chooses its codes; name a table ({', '.join(VALUES)}) instead")
     if spec.table not in VALUES:
         raise UserError(
             f"{spec}: its table comes with a checkpoint, and nothing here chooses one; "
@@ -51,6 +56,8 @@ def table(spec: Spec) -> Tensor:
 
 
 def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    if spec.table in GRIDS:
+        return grids.value(spec.table, codes.int()).flatten(1)
     entries = table(spec).to(codes.device) if spec.table in FIXED else parts["table"].float()
     if spec.table == ROW_TABLE:
         return entries.gather(1, codes.long())

@@ -17,9 +17,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from . import bits
+from . import bits, grids
 from .grid import Grid
-from .spec import Spec
+from .spec import GRIDS, Spec
 
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -85,16 +85,21 @@ def scale_dtype(name: str) -> torch.dtype:
 def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     """Effective scales, float32 [R', G].
 
-    One level: the stored value (e8m0: 2**(byte-127)), times `global_scale` if there is one. Two levels: code (through
-    `scale_table` if there is one) times the super scale of its block of consecutive scales in row-major order, plus
-    `scale_offset` if there is one.
+    One level: the stored value (e8m0: 2**(byte-127)), times `global_scale` if there is one. Two levels: what the code
+    stands for (itself, less an offset, an entry of `scale_table`, or as a named grid says) times the super scale of its
+    block of consecutive scales in row-major order, plus `scale_offset` if there is one.
     """
     stored = parts["scales"]
     if spec.two_level is None:
         one = _one_level(spec, stored)
         return one * parts["global_scale"].float() if "global_scale" in parts else one
     codes = level_codes(spec, stored, parts["super_scales"])
-    number = parts["scale_table"][codes.long()] if "scale_table" in parts else codes.float() - spec.scale_code[1]
+    if "scale_table" in parts:
+        number = parts["scale_table"][codes.long()]
+    elif spec.table in GRIDS:
+        number = grids.scale_numbers(spec.table, codes)
+    else:
+        number = codes.float() - spec.scale_code[1]
     effective = _times_supers(spec, number, parts["super_scales"])
     return effective + parts["scale_offset"] if "scale_offset" in parts else effective
 

@@ -15,6 +15,7 @@ printed):
                                  one f16 super min per 8 of them (GGUF Q4_K)
     minifloat4.e2m1.g16.ue4m3    FP4, one E4M3 scale per 16 weights (NVFP4)
     codebook4.iq4nl.g32          a named table that never travels with a tensor (GGUF IQ4_NL)
+    codebook15.iq2xxs.v8.g32.u4:f16:8  a named grid: one code for 8 weights, its index and signs (GGUF IQ2_XXS)
     codebook8.v8.x2.channel      two 8-bit codes per 8 weights, each the row of a table; the rows are added (AQLM 2x8)
     trellis3.mcg.inscale.had128.outhad128.outscale
                                  EXL3: no scales of its own; vectors and Hadamard transforms on both sides
@@ -45,6 +46,8 @@ TABLES = {
     "iq4nl": ("codebook", 4),
     "sign": ("codebook", 1),
 }
+# Codebook: grids of vectors of 8, whose codes hold an index and signs (kernels/grids.py) -> bits of a code.
+GRIDS = {"iq2xxs": 15, "iq2xs": 16, "iq2s": 18, "iq3xxs": 23, "iq3s": 26, "iq1s": 12, "iq1m": 12}
 # Codebook: a table for every output row, of any width up to 8 bits.
 ROW_TABLE = "rowtable"
 # Trellis: the functions from a 16-bit state to a value, of any width.
@@ -52,7 +55,7 @@ STATE_VALUES = ("3inst", "mcg", "mul1")
 # Bits of the codes of all books of one vector: what an int32 holds.
 _WIDEST = 32
 _BLOCKS = [1 << i for i in range(1, 16)]
-_TWO_LEVEL = re.compile(r"([us])([468]):(f16|bf16|f32):(\d+)")
+_TWO_LEVEL = re.compile(r"([us])([3468]):(f16|bf16|f32):(\d+)")
 _GROUP = re.compile(r"g(?:(\d+|all)x)?(\d+|all)")
 _VEC = re.compile(r"v(\d+)")
 _BOOKS = re.compile(r"x(\d+)")
@@ -76,8 +79,8 @@ class Spec:
     # none | sym (fixed 2**(bits-1)) | one (fixed 1) | asym (integer) | zf16, zbf16, zf32 (floating) | min (no zero
     # point: a number stored like the scale is added to code * scale).
     zero: str = "none"
-    # Meaning of a code where it is not an integer: e4m3, e5m2, e2m1 (minifloat); nf4, fp4, iq4nl, sign, rowtable, or ""
-    # for one table that comes with the tensor (codebook); 3inst, mcg, mul1 (trellis).
+    # Meaning of a code where it is not an integer: e4m3, e5m2, e2m1 (minifloat); nf4, fp4, iq4nl, sign, rowtable, one
+    # of GRIDS, or "" for one table that comes with the tensor (codebook); 3inst, mcg, mul1 (trellis).
     table: str = ""
     # How the weight is laid out as the [R, C] matrix whose rows are grouped:
     #   ""      the weight itself, [N, K]
@@ -103,7 +106,7 @@ class Spec:
     def _problem(self) -> str:
         if self.family not in FAMILIES:
             return f"unknown family {self.family!r}; accepted: {', '.join(FAMILIES)}"
-        if not 1 <= self.bits <= FAMILIES[self.family]:
+        if not 1 <= self.bits <= FAMILIES[self.family] and self.table not in GRIDS:
             return f"bits is {self.bits}; accepted: 1 to {FAMILIES[self.family]}"
         if self.group != -1 and self.group < 1:
             return f"group is {self.group}; accepted: -1 (whole row) or a positive number"
@@ -133,6 +136,8 @@ class Spec:
             return "a rowtable is one of 1 to 8 bits of the codebook family, one weight a code, with no view"
         accepted = [name for name, kind in TABLES.items() if kind == (self.family, self.bits) and self.vec == 1]
         if self.family == "codebook":
+            if (self.vec, self.books) == (8, 1):
+                accepted += [name for name, bits in GRIDS.items() if bits == self.bits]
             accepted += [ROW_TABLE, ""]
         elif self.family == "trellis":
             accepted += STATE_VALUES
@@ -264,7 +269,7 @@ def _token(token: str, text: str) -> dict[str, object]:
             return {field: int(match[1])}
     if _TWO_LEVEL.fullmatch(token):
         return {"scale": token}
-    if token in (*TABLES, *STATE_VALUES, ROW_TABLE):
+    if token in (*TABLES, *GRIDS, *STATE_VALUES, ROW_TABLE):
         return {"table": token}
     known = [f.name for f in fields(Spec)]
     raise UserError(f"spec {text!r}: token {token!r} is none of the values of {', '.join(known)}")

@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 Parts = dict[str, Tensor]
 
 
@@ -146,6 +148,98 @@ class Trits:
             number = sum(t * 3 ** (4 - n) for n, t in enumerate(trits))
             found.append((number * 256 + 242) // 243)
         return torch.cat(found, 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """`count` times the same few fields."""
+
+    count: int
+    fields: tuple[Field, ...]
+
+    @property
+    def size(self) -> int:
+        return self.count * sum(field.size for field in self.fields)
+
+    def read(self, raw: Tensor, parts: Parts) -> None:
+        inner: Parts = {}
+        pieces = raw.view(raw.shape[0] * self.count, -1).split([field.size for field in self.fields], 1)
+        for field, piece in zip(self.fields, pieces, strict=True):
+            field.read(piece.contiguous(), inner)
+        for name, found in inner.items():
+            _add(parts, name, found.view(raw.shape[0], -1))
+
+    def write(self, parts: Mapping[str, Tensor]) -> Tensor:
+        blocks = next(iter(parts.values())).shape[0]
+        # A super scale is one of the whole block, and no field that repeats reads it.
+        inner = {
+            name: part.reshape(blocks * self.count, -1) for name, part in parts.items() if not name.startswith("super_")
+        }
+        return torch.cat([field.write(inner) for field in self.fields], 1).view(blocks, -1)
+
+
+@dataclass(frozen=True)
+class SignsAndScale:
+    """IQ2_XXS and IQ3_XXS: 7 sign bits of each of 4 codes, then the 4-bit scale of all of them."""
+
+    place: int
+    size: int = 4
+
+    def read(self, raw: Tensor, parts: Parts) -> None:
+        word = raw.view(torch.int32)
+        signs = torch.cat([word >> shift & 127 for shift in (0, 7, 14, 21)], 1)
+        _add(parts, "codes", signs << self.place)
+        parts["scales"] = (word >> 28 & 15).to(torch.uint8)
+
+    def write(self, parts: Mapping[str, Tensor]) -> Tensor:
+        word = parts["scales"].int() << 28
+        for i, code in enumerate(parts["codes"].split(1, 1)):
+            word = word | (code >> self.place & 127) << (7 * i)
+        return word.view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class ShiftAndScale:
+    """IQ1_S: 3 high index bits of each of 4 codes, the 3-bit scale of all of them, and the shift of all of them."""
+
+    size: int = 2
+
+    def read(self, raw: Tensor, parts: Parts) -> None:
+        word = raw.view(torch.int16).int()
+        high = torch.cat([word >> shift & 7 for shift in (0, 3, 6, 9)], 1)
+        _add(parts, "codes", high << 8 | (word >> 15 & 1) << 11)
+        parts["scales"] = (word >> 12 & 7).to(torch.uint8)
+
+    def write(self, parts: Mapping[str, Tensor]) -> Tensor:
+        codes = parts["codes"]
+        shift = codes >> 11 & 1
+        if not torch.equal(shift, shift[:, :1].expand_as(shift)):
+            raise UserError("IQ1_S has one shift for 32 weights, and these codes differ in it; accepted: equal ones")
+        word = parts["scales"].int() << 12 | shift[:, :1] << 15
+        for i, code in enumerate(codes.split(1, 1)):
+            word = word | (code >> 8 & 7) << (3 * i)
+        return word.to(torch.int16).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class ScalesAroundSuper:
+    """IQ1_M: four words of four 3-bit scales, and a quarter of the float16 super scale in the top bits of each."""
+
+    size: int = 8
+
+    def read(self, raw: Tensor, parts: Parts) -> None:
+        words = raw.view(torch.int16).int() & 0xFFFF
+        scales = torch.stack([words >> shift & 7 for shift in (0, 3, 6, 9)], -1)
+        parts["scales"] = scales.flatten(1).to(torch.uint8)
+        quarters = (words >> 12) << torch.tensor([0, 4, 8, 12], device=raw.device)
+        parts["super_scales"] = quarters.sum(1, keepdim=True).to(torch.int16).view(torch.float16)
+
+    def write(self, parts: Mapping[str, Tensor]) -> Tensor:
+        scales = parts["scales"].int().view(-1, 4, 4)
+        words = (parts["super_scales"].view(torch.int16).int() >> torch.tensor([0, 4, 8, 12]) & 15) << 12
+        for i in range(4):
+            words = words | scales[..., i] << (3 * i)
+        return words.to(torch.int16).view(torch.uint8)
 
 
 def _add(parts: Parts, name: str, found: Tensor) -> None:

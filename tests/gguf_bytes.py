@@ -17,6 +17,8 @@ LAYOUTS: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "Q5_0": (32, 22, (0,)), "Q5_1": (32, 24, (0, 2)), "Q8_0": (32, 34, (0,)), "Q2_K": (256, 84, (80, 82)),
     "Q3_K": (256, 110, (108,)), "Q4_K": (256, 144, (0, 2)), "Q5_K": (256, 176, (0, 2)), "Q6_K": (256, 210, (208,)),
     "IQ4_NL": (32, 18, (0,)), "IQ4_XS": (256, 136, (0,)), "TQ1_0": (256, 54, (52,)), "TQ2_0": (256, 66, (64,)),
+    "IQ2_XXS": (256, 66, (0,)), "IQ2_XS": (256, 74, (0,)), "IQ2_S": (256, 82, (0,)), "IQ3_XXS": (256, 98, (0,)),
+    "IQ3_S": (256, 110, (0,)), "IQ1_S": (256, 50, (0,)), "IQ1_M": (256, 56, ()),
     "MXFP4": (32, 17, ()), "NVFP4": (64, 36, ()),
 }  # fmt: skip
 IDS = {"Q1_0": 41, "Q2_0": 42}
@@ -37,6 +39,9 @@ def random_rows(name: str, n: int, k: int, calm: bool = False) -> Tensor:
         raw[:, :1] = torch.randint(115, 125, (raw.shape[0], 1)) if calm else torch.randint(0, 255, (raw.shape[0], 1))
     if name == "NVFP4":
         raw[:, :4] = torch.randint(0, 127, (raw.shape[0], 4))
+    if name == "IQ1_M":
+        # The top four bits of the scale, whose others are anywhere: below 2 with its sign, or calm.
+        raw[:, 55] = raw[:, 55] & 0x0F | (0x10 if calm else raw[:, 55] & 0xB0)
     if name == "TQ1_0":
         trits = torch.randint(-1, 2, (raw.shape[0], 256)).float().numpy()
         raw[:, :52] = torch.from_numpy(quants.quantize(trits, GGMLQuantizationType.TQ1_0))[:, :52]
