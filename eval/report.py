@@ -53,7 +53,7 @@ def qualities(rows: Iterable[Result]) -> list[Quality]:
             continue
 
         def metric(name: str, task: str = task, identity: tuple[str, ...] = (model, spec, method, kv)) -> float | None:
-            return by_key.get((*identity, task, name))  # type: ignore[arg-type]
+            return by_key.get((*identity, task, name))
 
         quality = Quality(
             model=model,

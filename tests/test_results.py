@@ -156,7 +156,9 @@ def test_bench_table_compares_engines_of_one_run() -> None:
     rows = []
     for case, (ours, theirs) in cases.items():
         fields = {"model": "1.1b", "method": "", "metric": case, "n": 3}
-        rows.append(replace(ROW, **fields, spec="affine4.g128.sym", task="bench/decode/bitsmith/2 threads/w", value=ours))
+        rows.append(
+            replace(ROW, **fields, spec="affine4.g128.sym", task="bench/decode/bitsmith/2 threads/w", value=ours)
+        )
         rows.append(replace(ROW, **fields, spec="bf16", task="bench/decode/transformers/2 threads/w", value=theirs))
     rows[1] = replace(rows[1], n=0)
     assert table_for("bench", rows).splitlines()[2:] == [
