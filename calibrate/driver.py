@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import AnyCheckpoint, open_checkpoint
 from ..models.load import build, load_tokenizer
 from ..quant_formats import base
 from .data import read_text, token_blocks
@@ -63,7 +63,7 @@ def quantize(
     fmt = base.format_by_name(wanted.format)
     chosen = replace(fmt.recipe(wanted), method=method, calib=calib or "")
     how = method_by_name(method)
-    ckpt = Checkpoint(src)
+    ckpt = open_checkpoint(src)
     if how.NEEDS_CALIBRATION and calib is None:
         raise UserError(
             f"--method {method} looks at data. Fix: --calib FILE (.txt, .jsonl) or hub:NAME, or --method rtn or hqq"
@@ -98,7 +98,7 @@ def quantize(
 
 
 def _calibration(
-    ckpt: Checkpoint, how: Method, calib: str | None, samples: int, seqlen: int, seed: int
+    ckpt: AnyCheckpoint, how: Method, calib: str | None, samples: int, seqlen: int, seed: int
 ) -> Tensor | None:
     if not how.NEEDS_CALIBRATION or calib is None:
         return None

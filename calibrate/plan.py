@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..kernels.spec import Spec
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import AnyCheckpoint
 from ..models.linear import is_experts, is_linear
 from ..models.load import owner
 from ..models.names import Placement
@@ -134,7 +134,7 @@ def check_patterns(rules: tuple[Rule, ...], modules: list[str]) -> None:
             )
 
 
-def source_name(ckpt: Checkpoint) -> str:
+def source_name(ckpt: AnyCheckpoint) -> str:
     """What a plan remembers of its source: path and the size and time of its weight files."""
     files = sorted(ckpt.path.glob("*.safetensors")) + sorted(ckpt.path.glob("*.pt"))
     return " ".join([str(ckpt.path.resolve()), *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])

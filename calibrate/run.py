@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..errors import UserError
 from ..kernels.qtensor import QTensor
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import AnyCheckpoint
 from ..models.linear import EXPERTS, is_experts
 from ..models.load import assign, owner, source_shapes, tie
 from ..models.names import Placement, natural, placements
@@ -38,7 +38,7 @@ class Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        ckpt: Checkpoint,
+        ckpt: AnyCheckpoint,
         fmt: base.Format,
         recipe: base.Recipe,
         method: Method,
