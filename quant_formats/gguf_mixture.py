@@ -154,7 +154,8 @@ def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] 
 
     Embeddings and the output, which few matrices cover, are exempt as in llama.cpp; so are Q2_K tensors but in q2_k_s.
     """
-    needy = (*_NEED_IMATRIX, "Q2_K") if file_type(name) == "q2_k_s" else _NEED_IMATRIX
+    name = file_type(name)
+    needy = (*_NEED_IMATRIX, "Q2_K") if name == "q2_k_s" else _NEED_IMATRIX
     for tensor, kind in types.items():
         if kind in needy and kind_of(tensor) not in ("embd", "output") and tensor not in covered:
             raise UserError(

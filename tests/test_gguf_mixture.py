@@ -76,6 +76,7 @@ def test_stored_maps(case: str) -> None:
 
 
 @needs_llama
+@pytest.mark.slow
 def test_every_file_type_on_every_model_is_llama_cpps(files: Path) -> None:
     wanted = [(case, name, imatrix) for case in CASES for name in THEIRS for imatrix in (False, True)]
     found = llama_quantize([job(files, *w) for w in wanted])
@@ -105,6 +106,7 @@ OVERRIDES = [
 
 
 @needs_llama
+@pytest.mark.slow
 def test_overrides_are_llama_cpps(files: Path) -> None:
     names, cases = ("q4_k_m", "iq2_m", "q8_0", "mxfp4_moe"), ("llama-gqa4", "llama-odd", "mixtral", "gemma2")
     wanted = [(c, n, i, o) for c in cases for n in names for i in (False, True) for o in OVERRIDES]
