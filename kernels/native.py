@@ -19,9 +19,9 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -58,7 +58,7 @@ class _Weight(ctypes.Structure):
     )
 
 
-_ADDRESSES = tuple(name for name, kind in _Weight._fields_ if kind is ctypes.c_void_p)
+_ADDRESSES = tuple(name for name, kind, *_ in _Weight._fields_ if kind is ctypes.c_void_p)
 
 
 @cache
@@ -152,19 +152,25 @@ def operands(weight: _Weight, tensors: Iterable[Tensor]) -> tuple[Tensor, list[T
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    _linear_call(y, x, header, tensors, path)()
+    return y
+
+
+def _linear_call(
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
+) -> Callable[[], object]:
     # The addresses of these tensors, not of those that were packed: a traced graph may have moved them.
     weight = _Weight.from_buffer_copy(_Weight.from_address(header.data_ptr()))
     for name, tensor in zip(_ADDRESSES, tensors, strict=False):
         if tensor is not None:
             setattr(weight, name, tensor.data_ptr())
-    y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    dtype = _DTYPES[x.dtype]
     lib = library()
     assert lib is not None
-    lib.bitsmith_linear(
-        ctypes.byref(weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype, torch.get_num_threads(), path
-    )
-    return y
+    return partial(
+        lib.bitsmith_linear, ctypes.byref(weight), x.data_ptr(), _DTYPES[x.dtype], x.shape[0], y.data_ptr(),
+        _DTYPES[y.dtype], torch.get_num_threads(), path,
+    )  # fmt: skip
 
 
 def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
@@ -172,7 +178,12 @@ def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n:
 
 
 # x [M, K] contiguous, columns in packed order; header and tensors from `operands` -> [M, n] in x's dtype.
-linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
+linear = ops.define(
+    "native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor",
+    _linear,
+    _linear_fake,
+    lambda results, x, header, tensors, n: _linear_call(results[0], x, header, tensors),
+)
 
 
 def supports(q: QTensor) -> bool:
@@ -185,10 +196,13 @@ def supports(q: QTensor) -> bool:
         return False
     plain = straighten(q).spec
     group = q.shape[1] if plain.group == -1 else plain.group
+    if plain.zero == "min" or plain.scale == "ue4m3" or (plain.two_level and plain.scale_code != (8, 0)):
+        return False
     if (
         plain.view
         or plain.vec > 1
         or plain.bits > 8
+        or "global_scale" in q.parts
         or (group % BLOCK and group < q.shape[1])
         or (plain.rows > 1 and plain.rows % ROWS)
     ):

@@ -224,7 +224,7 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
   pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<int64_t> slots;
-    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + std::max(a.key_dim, a.value_dim));
+    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + layer::KEYS * std::max(a.key_dim, a.value_dim));
     if (scratch.size() < size) scratch.resize(size);
     if (static_cast<int64_t>(slots.size()) < keys + 16) slots.resize(static_cast<size_t>(keys + 16));
     const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
