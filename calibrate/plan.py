@@ -71,6 +71,25 @@ def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe, fmt: 
     return found
 
 
+def input_keys(model: PreTrainedModel, placement: Placement) -> dict[str, tuple[str, ...]]:
+    """Checkpoint weight -> the stats keys of the inputs it is multiplied with, for each weight of a placement that is
+    one of a linear or of experts: one key, or one an expert where the checkpoint, too, stacks them.
+    """
+    module, leaf = owner(model, placement.target)
+    path = placement.target.removesuffix(f".{leaf}")
+    if module is not None and is_linear(module) and leaf == "weight" and placement.converter is None:
+        return {placement.sources[0]: (path,)}
+    parameter = None if module is None else module._parameters.get(leaf)
+    if module is None or parameter is None or not is_experts(module) or parameter.dim() != 3:
+        return {}
+    keys = [f"{path}/{leaf}/{expert}" for expert in range(parameter.shape[0])]
+    if placement.converter is None:
+        return {placement.sources[0]: tuple(keys)}
+    if placement.stack is None:
+        return {}
+    return {source: (key,) for key, sources in zip(keys, placement.stack, strict=True) for source in sources}
+
+
 def check_shapes(items: list[Item], fmt: Format) -> None:
     """One UserError for all weights the layout cannot hold, before anything is computed."""
     problems = {(item.module, why) for item in items if (why := fmt.check(item.spec, item.shape))}
