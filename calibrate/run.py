@@ -7,6 +7,7 @@ run goes through the same numbers.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .blocks import Blocks, by_block, find_blocks, load_weights, unload_weights
 from .fold import InputGroup, fold, input_groups
 from .method import Method, Settings
 from .plan import Item, items_of
-from .stats import Reached, Stats, gather, relative_error, unseen
+from .stats import Reached, Squares, Stats, gather, unseen
 from .store import Part, Store
 
 
@@ -44,8 +45,11 @@ class Run:
         method: Method,
         settings: Settings,
         device: torch.device,
+        importance: Mapping[str, Squares] | None = None,
     ) -> None:
+        """importance: what is known of the inputs of a module that calibration has no Stats for."""
         self.model, self.ckpt, self.fmt, self.recipe = model, ckpt, fmt, recipe
+        self.importance = importance or {}
         self.method, self.settings, self.device = method, settings, device
         self.path = find_blocks(model)
         self.count = len(model.get_submodule(self.path))  # type: ignore[arg-type]
@@ -218,13 +222,14 @@ class Run:
             fold(self.model, group, scale, lambda: blocks.sample(index))
 
     def _one(
-        self, item: Item, stats: Stats | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
+        self, item: Item, stats: Stats | Squares | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
     ) -> None:
         live = item.live(self.model)
+        stats = stats or self.importance.get(item.module)
         q = self.method.quantize(live.float(), item.spec, stats, self.settings)
         w_hat = q.dequantize()
         if stats is not None:
-            errors[item.module] = relative_error(live, w_hat, stats.hessian)
+            errors[item.module] = stats.relative_error(live, w_hat)
         else:
             errors[item.module] = float((w_hat - live).square().sum() / live.square().sum().clamp(min=1e-30))
         live.copy_(w_hat)
