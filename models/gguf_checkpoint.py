@@ -19,7 +19,7 @@ from ..kernels.qtensor import QTensor
 from ..quant_formats.base import Recipe
 from .gguf_config import read_config
 from .gguf_file import TensorInfo, read_gguf
-from .gguf_names import NO_WEIGHTS, Link, halved, links, meta_model
+from .gguf_names import NO_WEIGHTS, Link, file_shape, halved, links, meta_model
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Whole numbers and float64 hold no weights in any architecture read here.
@@ -69,13 +69,8 @@ class GGUFCheckpoint:
         return places
 
     def _check(self, info: TensorInfo, link: Link) -> None:
-        shape = link.shape
-        if link.transposed:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        if link.part:
-            cut = -2 if link.transposed else -1
-            shape = tuple(n // 2 if axis == len(shape) + cut else n for axis, n in enumerate(shape))
-        stacked = (len(link.weights), *shape) if len(link.weights) > 1 else shape
+        stacked = file_shape(link)
+        shape = stacked[1:] if len(link.weights) > 1 else stacked
         # A single output row is stored as a vector (qwen2moe's shared expert gate).
         accepted = (stacked, tuple(n for n in stacked if n != 1), (1, *shape))
         if info.shape not in accepted:

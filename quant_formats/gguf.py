@@ -24,7 +24,7 @@ SUFFIXES = ("ggml",)
 MARK = "ggml"
 SIDECAR = ""
 # Two types of one spec; the file type says which.
-_TERNARY = ("TQ1_0", "TQ2_0")
+TERNARY = ("TQ1_0", "TQ2_0")
 
 
 def detect(config: Mapping[str, Any]) -> base.Recipe | None:
@@ -38,7 +38,7 @@ def recipe(options: base.Options) -> base.Recipe:
     assert spec is not None
     why = f"{kind} has bits, groups and zero points of its own"
     base.fixed(options, why, bits=spec.bits, group_size=None, sym=None, desc_act=False)
-    return base.Recipe("gguf", (("*", spec),), {"ternary": kind if kind in _TERNARY else "TQ2_0"})
+    return base.Recipe("gguf", (("*", spec),), {"ternary": kind if kind in TERNARY else "TQ2_0"})
 
 
 def shaped(spec: Spec, shape: tuple[int, int]) -> Spec:
@@ -54,7 +54,7 @@ def check(spec: Spec, shape: tuple[int, int]) -> str:
 def type_name(spec: Spec, ternary: str = "TQ2_0") -> str:
     """The ggml type that stores `spec`. UserError where none does."""
     for name, block in gguf_blocks.BLOCKS.items():
-        if block.spec == spec and (name == ternary or name not in _TERNARY):
+        if block.spec == spec and (name == ternary or name not in TERNARY):
             return name
     raise UserError(f"{spec} is no type of GGUF. Fix: --format gguf:TYPE without --bits or --recipe")
 
