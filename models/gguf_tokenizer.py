@@ -1,13 +1,13 @@
 """A tokenizer from the metadata of a GGUF file, giving the ids that llama.cpp gives.
 
 Byte-level BPE (`gpt2`): vocabulary and merges are in the file, the way text is cut is a name (gguf_pretokenizers.py).
-SentencePiece (`llama`): vocabulary and scores are in the file; merges follow from them (every way to put a token together
-from two others, best score first). llama.cpp puts the dummy space before every stretch of text that follows the start or a
-special token, also before one that begins with a space; so does the normalizer here.
+SentencePiece (`llama`): vocabulary and scores are in the file; merges follow from them (every way to put a token
+together from two others, best score first). llama.cpp puts the dummy space before every stretch of text that follows
+the start or a special token, also before one that begins with a space; so does the normalizer here.
 """
 
 import logging
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,13 @@ from .gguf_pretokenizers import PRE_TOKENIZERS
 _LOG = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"
+# Characters. The way from scores to merges takes time in its square.
+_LONGEST = 1024
 # Token texts that end a completion whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp).
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <｜end▁of▁sentence｜> [e~[".split()
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+    | {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"}
+    | {"<end_of_utterance>", "<eos>", "<turn|>", "<｜end▁of▁sentence｜>", "[e~["}
 )
 # In models that have all of these, <|end|> ends a message and not the completion (gpt-oss).
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
@@ -61,8 +64,10 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
             "(SentencePiece). Fix: convert the model with its tokenizer, or pass token ids"
         )
     if len(set(tokens)) != len(tokens):
-        twice = next(t for i, t in enumerate(tokens) if t in set(tokens[:i]))
+        twice = Counter(tokens).most_common(1)[0][0]
         raise metadata.damaged(f"tokenizer.ggml.tokens holds {twice!r} twice")
+    if max(map(len, tokens)) > _LONGEST:
+        raise metadata.damaged(f"tokenizer.ggml.tokens holds a token of {max(map(len, tokens))} characters")
     types = _numbers(metadata, "token_type", len(tokens), NORMAL)
     scores = _numbers(metadata, "scores", len(tokens), 0.0)
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
@@ -73,7 +78,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     pre = metadata.get("tokenizer.ggml.pre", "string", "default")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"{metadata.where}: tokenizer.ggml.pre is {pre!r}, a way to cut text that bitsmith does not know; accepted: "
+            f"{metadata.where}: tokenizer.ggml.pre is {pre!r}, a way to cut text not known here; accepted: "
             f"{', '.join(PRE_TOKENIZERS)}. Fix: use the model's own tokenizer, or pass token ids"
         )
     return Vocabulary(
