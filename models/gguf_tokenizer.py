@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .gguf_config import Metadata
-from .gguf_pretokenizers import PRE_TOKENIZERS
+from .gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _LOG = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -128,21 +128,24 @@ def _byte_level(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     pre = PRE_TOKENIZERS[vocabulary.pre]
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
     merges = []
+    if metadata.strings("tokenizer.ggml.merges") is None:
+        raise metadata.damaged("tokenizer.ggml.merges is missing")
     for line in vocabulary.merges:
         at = line.find(" ", 1)
         left, right = (line[:at], line[at + 1 :]) if at > 0 else (line, "")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise metadata.damaged(f"tokenizer.ggml.merges holds {line!r}, whose parts or result are no tokens")
         merges.append((left, right))
-    if not merges:
-        raise metadata.damaged("tokenizer.ggml.merges is missing")
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = cutter(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def cutter(pre: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """What cuts text before byte-level BPE merges."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentence_piece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
