@@ -6,7 +6,6 @@ The block is written as one part, read again from it, and run once more to give 
 run goes through the same numbers.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -280,7 +279,7 @@ class Run:
     def config(self, summary: dict[str, Any]) -> dict[str, Any]:
         """config.json of the result: the source's, with the dialect's quantization_config and the resolved map."""
         specs = {i.module: str(i.spec) for i in sorted(self.items, key=lambda i: natural(i.module))}
-        original = json.loads((self.ckpt.path / "config.json").read_text())
+        original = {k: v for k, v in self.ckpt.config.items() if k != "quantization_config"}
         if self.alias:
             original["tie_word_embeddings"] = False
         note = {

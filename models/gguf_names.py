@@ -6,7 +6,6 @@ and a safetensors checkpoint look the same from outside.
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import gguf
@@ -111,31 +110,6 @@ def _heads(tensor: str, config: PretrainedConfig, arch: Arch) -> int:
     if ".attn_q." in tensor:
         return int(config.num_attention_heads)
     return int(config.num_key_value_heads) if ".attn_k." in tensor else 0
-
-
-def file_shape(link: Link) -> tuple[int, ...]:
-    """Shape of the tensor in the file, as torch says it: [out, in], [experts, out, in], [n]."""
-    shape = link.shape
-    if link.part:
-        shape = (*shape[:-1], shape[-1] // 2)
-    if link.transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    return (len(link.weights), *shape) if len(link.weights) > 1 else shape
-
-
-def in_file(link: Link, read: Callable[[str], Tensor]) -> Tensor:
-    """The numbers of the tensor as the file has them, `file_shape(link)`, from those of the checkpoint (`read`)."""
-    members = []
-    for name in link.weights:
-        found = read(name)
-        if link.part:
-            found = found[..., int(link.part == "odd") :: 2]
-        if link.transposed:
-            found = found.transpose(-1, -2)
-        if link.offset:
-            found = found.float() + link.offset
-        members.append(found[interleaved(found.shape[0], link.heads)] if link.heads else found)
-    return torch.stack(members) if len(members) > 1 else members[0].contiguous()
 
 
 def interleaved(rows: int, heads: int) -> Tensor:

@@ -21,6 +21,9 @@ from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
 from .fused import fuse
+from .gguf_config import Metadata
+from .gguf_file import read_gguf
+from .gguf_tokenizer import build_tokenizer
 from .linear import (
     EXPERTS,
     QuantLinear,
@@ -91,6 +94,8 @@ def read_ahead(files: Iterable[Path]) -> None:
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. UserError naming what is missing where it has none."""
     directory = resolve(path)
+    if directory.suffix == ".gguf":
+        return build_tokenizer(Metadata(read_gguf(directory)))
     if not any(
         (directory / name).exists()
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
