@@ -108,6 +108,29 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
     return pattern, ggml_type(kind, f"--tensor-type {text!r}")
 
 
+def parse_overrides(
+    pure: bool = False,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    tensor_type: Sequence[str] = (),
+) -> Overrides:
+    """The flags of those names, as llama-quantize spells them, `tensor_type` being REGEX=TYPE texts in the order given.
+
+    UserError naming flag and value for what is no type or no regex, and for an embedding or output type that needs an
+    importance matrix: no matrix covers the embeddings, and llama.cpp aborts on it.
+    """
+    heads = {}
+    for flag, kind in (("output-tensor-type", output_tensor_type), ("token-embedding-type", token_embedding_type)):
+        heads[flag] = None if kind is None else ggml_type(kind, f"--{flag}")
+        if heads[flag] in _NEED_IMATRIX:
+            raise UserError(
+                f"--{flag} {kind} is garbage without an importance matrix, which covers neither embeddings nor the "
+                f"output. Fix: q2_k, or any type of more bits"
+            )
+    tensors = tuple(parse_tensor_type(text) for text in tensor_type)
+    return Overrides(pure, heads["output-tensor-type"], heads["token-embedding-type"], tensors)
+
+
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of `shape` ([..., in]) in a type whose block divides its rows."""
     block, size = SIZES[kind]
