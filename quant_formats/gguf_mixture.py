@@ -116,19 +116,16 @@ def parse_overrides(
 ) -> Overrides:
     """The flags of those names, as llama-quantize spells them, `tensor_type` being REGEX=TYPE texts in the order given.
 
-    UserError naming flag and value for what is no type or no regex, and for an embedding or output type that needs an
-    importance matrix: no matrix covers the embeddings, and llama.cpp aborts on it.
+    UserError naming flag and value for what is no type or no regex.
     """
-    heads = {}
-    for flag, kind in (("output-tensor-type", output_tensor_type), ("token-embedding-type", token_embedding_type)):
-        heads[flag] = None if kind is None else ggml_type(kind, f"--{flag}")
-        if heads[flag] in _NEED_IMATRIX:
-            raise UserError(
-                f"--{flag} {kind} is garbage without an importance matrix, which covers neither embeddings nor the "
-                f"output. Fix: q2_k, or any type of more bits"
-            )
-    tensors = tuple(parse_tensor_type(text) for text in tensor_type)
-    return Overrides(pure, heads["output-tensor-type"], heads["token-embedding-type"], tensors)
+    output, embedding = (
+        None if kind is None else ggml_type(kind, flag)
+        for flag, kind in (
+            ("--output-tensor-type", output_tensor_type),
+            ("--token-embedding-type", token_embedding_type),
+        )
+    )
+    return Overrides(pure, output, embedding, tuple(parse_tensor_type(text) for text in tensor_type))
 
 
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
@@ -175,12 +172,15 @@ def tensor_types(
 def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] = ()) -> None:
     """UserError for the first tensor whose type needs an importance matrix and has no entry in it (`covered`: names).
 
-    Embeddings and the output, which few matrices cover, are exempt as in llama.cpp; so are Q2_K tensors but in q2_k_s.
+    In q2_k_s files so do Q2_K tensors, but for embeddings and the output, which few matrices cover. Where those are given
+    a type that needs one (--pure, or by name), llama.cpp does not look and aborts; here it is the same error.
     """
     name = file_type(name)
-    needy = (*_NEED_IMATRIX, "Q2_K") if name == "q2_k_s" else _NEED_IMATRIX
     for tensor, kind in types.items():
-        if kind in needy and kind_of(tensor) not in ("embd", "output") and tensor not in covered:
+        needs = kind in _NEED_IMATRIX or (
+            kind == "Q2_K" and name == "q2_k_s" and kind_of(tensor) not in ("embd", "output")
+        )
+        if needs and tensor not in covered:
             raise UserError(
                 f"{tensor} becomes {kind} in a {name} file, which is garbage without an importance matrix, and there "
                 f"is none for it. Fix: --imatrix FILE that covers it, or --calib TEXT to make one, or a file type that "

@@ -179,6 +179,9 @@ def test_an_imatrix_that_misses_a_tensor_is_named() -> None:
     check_imatrix("q2_k", q2_k)
     with pytest.raises(UserError, match="q2_k_s"):
         check_imatrix("Q2_K_S", q2_k)
+    pure = tensor_types("iq2_xs", facts("llama-gqa4", True), tensors("llama-gqa4"), Overrides(pure=True)).types
+    with pytest.raises(UserError, match=r"token_embd\.weight becomes IQ2_XS"):
+        check_imatrix("iq2_xs", pure, set(types) - {"token_embd.weight"})
 
 
 def test_bad_input_is_named() -> None:
@@ -214,7 +217,7 @@ def test_flags_as_llama_quantize_spells_them() -> None:
     assert [types[name] for name in names] == ["Q8_0", "Q4_K", "Q6_K", "F16", "Q4_K"]
     for arguments, said in [
         ({"output_tensor_type": "q4_k_m"}, "--output-tensor-type: 'q4_k_m' is no ggml type"),
-        ({"token_embedding_type": "iq2_s"}, "--token-embedding-type iq2_s is garbage without an importance matrix"),
+        ({"token_embedding_type": "q9"}, "--token-embedding-type: 'q9' is no ggml type"),
         ({"tensor_type": ["ffn_down"]}, "--tensor-type 'ffn_down': expected REGEX=TYPE"),
     ]:
         with pytest.raises(UserError, match=said):
