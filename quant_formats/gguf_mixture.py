@@ -172,8 +172,8 @@ def tensor_types(
 def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] = ()) -> None:
     """UserError for the first tensor whose type needs an importance matrix and has no entry in it (`covered`: names).
 
-    In q2_k_s files so do Q2_K tensors, but for embeddings and the output, which few matrices cover. Where those are given
-    a type that needs one (--pure, or by name), llama.cpp does not look and aborts; here it is the same error.
+    In q2_k_s files so do Q2_K tensors, but for embeddings and the output, which few matrices cover. Where --pure or the
+    user's own choice gives those a type that needs one, llama.cpp does not look and aborts; here it is the same error.
     """
     name = file_type(name)
     for tensor, kind in types.items():
