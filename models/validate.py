@@ -97,9 +97,9 @@ def _quantized(q: QTensor) -> Iterator[tuple[str, Tensor]]:
         sound = sound and not bad.any()
         yield f"{name}: NaN or inf", bad
     for candidates in _LEVELS:
-        name = next((n for n in candidates if n in q.parts and q.parts[n].dtype.is_floating_point), None)
-        if name is not None:
-            yield f"{name}: over {_ABSURD} times the median", _absurd(q.parts[name])
+        level = next((n for n in candidates if n in q.parts and q.parts[n].dtype.is_floating_point), None)
+        if level is not None:
+            yield f"{level}: over {_ABSURD} times the median", _absurd(q.parts[level])
     if spec.zero == "one":
         yield "codes: 3, where 0, 1 and 2 are -1, 0 and 1", codes_of(q) > 2
     matrix = family(spec).decode(spec, q.parts, matrix_shape(spec, q.shape))
