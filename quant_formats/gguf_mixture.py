@@ -163,7 +163,7 @@ def tensor_types(
             head = kind == "output" or (tied and kind == "embd")
             wanted = _head(mix, facts, shape, asked.output) if head else _chosen(mix, rules, tensor, place)
             counts[kind] = count + 1
-        types[tensor] = _fit(tensor, shape, wanted)
+        types[tensor] = fitting(tensor, shape, wanted)
         if types[tensor] != wanted:
             fallbacks[tensor] = wanted
     return Plan(types, fallbacks)
@@ -177,7 +177,7 @@ def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] 
     """
     name = file_type(name)
     for tensor, kind in types.items():
-        needs = kind in _NEED_IMATRIX or (
+        needs = needs_imatrix(kind) or (
             kind == "Q2_K" and name == "q2_k_s" and kind_of(tensor) not in ("embd", "output")
         )
         if needs and tensor not in covered:
@@ -186,6 +186,28 @@ def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] 
                 f"is none for it. Fix: --imatrix FILE that covers it, or --calib TEXT to make one, or a file type that "
                 f"needs none, such as q2_k or iq4_xs"
             )
+
+
+def needs_imatrix(kind: str) -> bool:
+    """Whether a type gives garbage where nobody says which weights matter."""
+    return kind in _NEED_IMATRIX
+
+
+def fitting(name: str, shape: Sequence[int], wanted: str) -> str:
+    """The type `wanted`, or what llama.cpp falls back to where its block does not divide the rows; UserError where
+    there is nothing.
+    """
+    columns = shape[-1]
+    block = SIZES[wanted][0]
+    if columns % block == 0:
+        return wanted
+    if wanted not in _FALLBACKS and block > 32:
+        raise UserError(
+            f"{name}: rows of {columns} weights are no multiple of the {block} that {wanted} packs together, and "
+            f"{wanted} has no smaller relative. Fix: --tensor-type '{re.escape(name)}=q8_0', or another file type"
+        )
+    other = _FALLBACKS.get(wanted, wanted)
+    return other if columns % SIZES[other][0] == 0 else "F16"
 
 
 def kind_of(name: str) -> str:
@@ -243,21 +265,6 @@ def _chosen(mix: Mixture, rules: Mapping[str, tuple[Rule, ...]], name: str, plac
     if place.kind == "v" and place.facts.is_70b and not mix.tiny and found in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return found
-
-
-def _fit(name: str, shape: Sequence[int], wanted: str) -> str:
-    """`wanted`, or what its rows allow."""
-    columns = shape[-1]
-    block = SIZES[wanted][0]
-    if columns % block == 0:
-        return wanted
-    if wanted not in _FALLBACKS and block > 32:
-        raise UserError(
-            f"{name}: rows of {columns} weights are no multiple of the {block} that {wanted} packs together, and "
-            f"{wanted} has no smaller relative. Fix: --tensor-type '{re.escape(name)}=q8_0', or another file type"
-        )
-    other = _FALLBACKS.get(wanted, wanted)
-    return other if columns % SIZES[other][0] == 0 else "F16"
 
 
 def _layer(name: str, default: int) -> int:
