@@ -5,7 +5,7 @@ embeddings, masks) does not depend on them, so one pass of the whole model over 
 records it for all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..models.load import assign, owner
+from ..models.names import Placement, placements
 
 # Calibration rows run through a block at once.
 _BATCH = 8
@@ -33,6 +35,43 @@ def find_blocks(model: PreTrainedModel) -> str:
             f"Fix: quantize another architecture"
         )
     return max(lists, key=lambda item: len(item[1]))[0]
+
+
+def by_block(model: PreTrainedModel, path: str, weights: Iterable[str]) -> list[list[Placement]]:
+    """The placements of every block of the list at `path`, and last those of everything outside it."""
+    count = len(model.get_submodule(path))  # type: ignore[arg-type]
+    found: list[list[Placement]] = [[] for _ in range(count + 1)]
+    for placement in placements(model, weights):
+        rest = placement.target.removeprefix(path + ".")
+        found[int(rest.split(".")[0]) if rest != placement.target else count].append(placement)
+    return found
+
+
+def load_weights(
+    model: PreTrainedModel,
+    places: Iterable[Placement],
+    dense: Callable[[str], Tensor],
+    device: torch.device,
+    where: object,
+) -> None:
+    """Give the model the weights of `places`, `dense` being checkpoint name -> numbers. UserError naming `where` they
+    come from.
+    """
+    for placement in places:
+        # A copy: what comes from the file may be its mapped pages, and quantized weights are written over it.
+        tensors = [dense(source).to(device, copy=True) for source in placement.sources]
+        for name, tensor in placement.convert(tensors, model).items():
+            if not assign(model, name, tensor):
+                raise UserError(f"{where}: tensor {placement.sources[0]} has no place in the model (as {name})")
+
+
+def unload_weights(model: PreTrainedModel, places: Iterable[Placement]) -> None:
+    """Put the weights of `places` back on the meta device."""
+    for placement in places:
+        module, leaf = owner(model, placement.target)
+        if module is not None and module._parameters.get(leaf) is not None:
+            old: Tensor = module._parameters[leaf]  # type: ignore[assignment]
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
 
 
 class Blocks:

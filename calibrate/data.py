@@ -13,6 +13,20 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..models.checkpoint import AnyCheckpoint
+from ..models.load import load_tokenizer
+
+
+def calibration_rows(ckpt: AnyCheckpoint, source: str, samples: int, seqlen: int, seed: int) -> Tensor:
+    """int64 [samples, seqlen] of `source` (--calib) in the checkpoint's tokens; see `token_blocks`."""
+    longest = ckpt.config.get("max_position_embeddings")
+    if isinstance(longest, int) and seqlen > longest:
+        raise UserError(
+            f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most "
+            f"{longest}"
+        )
+    tokenizer = load_tokenizer(ckpt.path)
+    return token_blocks(read_text(source, tokenizer), tokenizer, samples, seqlen, seed, source)
 
 
 def read_text(source: str, tokenizer: Any = None) -> str:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..errors import UserError
-from ..models.checkpoint import Checkpoint
-from ..models.load import build, load_tokenizer
+from ..models.checkpoint import open_checkpoint
+from ..models.load import build
 from ..quant_formats import base
-from .data import read_text, token_blocks
-from .method import Method, Settings, method_by_name
+from .data import calibration_rows
+from .method import Settings, method_by_name
 from .plan import check_patterns, check_shapes, file_rules, head_rules, source_name
 from .run import Run
 from .store import Store
@@ -63,7 +62,7 @@ def quantize(
     fmt = base.format_by_name(wanted.format)
     chosen = replace(fmt.recipe(wanted), method=method, calib=calib or "")
     how = method_by_name(method)
-    ckpt = Checkpoint(src)
+    ckpt = open_checkpoint(src)
     if how.NEEDS_CALIBRATION and calib is None:
         raise UserError(
             f"--method {method} looks at data. Fix: --calib FILE (.txt, .jsonl) or hub:NAME, or --method rtn or hqq"
@@ -76,7 +75,9 @@ def quantize(
     run = Run(model, ckpt, fmt, chosen, how, settings or Settings(), torch.device(device))
     check_patterns(user_rules, [w.removesuffix(".weight") for w in ckpt.weights])
     check_shapes(run.items, fmt)
-    ids = _calibration(ckpt, how, calib, calib_samples, calib_seqlen, seed)
+    ids = None
+    if how.NEEDS_CALIBRATION and calib is not None:
+        ids = calibration_rows(ckpt, calib, calib_samples, calib_seqlen, seed)
     plan = {
         "source": source_name(ckpt),
         "rules": [(pattern, str(spec)) for pattern, spec in chosen.rules],
@@ -95,18 +96,3 @@ def quantize(
     sidecars = {fmt.SIDECAR: fmt.config(chosen)} if fmt.SIDECAR else {}
     store.finish(run.parts, run.config(summary), sidecars, ckpt.path, base.pickled(fmt, chosen))
     return {**summary, "seconds": round(time.monotonic() - started, 2)}
-
-
-def _calibration(
-    ckpt: Checkpoint, how: Method, calib: str | None, samples: int, seqlen: int, seed: int
-) -> Tensor | None:
-    if not how.NEEDS_CALIBRATION or calib is None:
-        return None
-    longest = ckpt.config.get("max_position_embeddings")
-    if isinstance(longest, int) and seqlen > longest:
-        raise UserError(
-            f"--calib-seqlen {seqlen} is longer than the model's max_position_embeddings {longest}. Fix: at most "
-            f"{longest}"
-        )
-    tokenizer = load_tokenizer(ckpt.path)
-    return token_blocks(read_text(calib, tokenizer), tokenizer, samples, seqlen, seed, calib)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..kernels.spec import Spec
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import AnyCheckpoint
 from ..models.linear import is_experts, is_linear
 from ..models.load import owner
 from ..models.names import Placement
@@ -69,6 +69,25 @@ def items_of(model: PreTrainedModel, placement: Placement, recipe: Recipe, fmt: 
                 key, place = f"{path}/{leaf}/{expert}", (expert, position * rows)
                 found.append(Item(name, fmt.shaped(spec, shape), placement.target, key, shape, place))
     return found
+
+
+def input_keys(model: PreTrainedModel, placement: Placement) -> dict[str, tuple[str, ...]]:
+    """Checkpoint weight -> the stats keys of the inputs it is multiplied with, for each weight of a placement that is
+    one of a linear or of experts: one key, or one an expert where the checkpoint, too, stacks them.
+    """
+    module, leaf = owner(model, placement.target)
+    path = placement.target.removesuffix(f".{leaf}")
+    if module is not None and is_linear(module) and leaf == "weight" and placement.converter is None:
+        return {placement.sources[0]: (path,)}
+    parameter = None if module is None else module._parameters.get(leaf)
+    if module is None or parameter is None or not is_experts(module) or parameter.dim() != 3:
+        return {}
+    keys = [f"{path}/{leaf}/{expert}" for expert in range(parameter.shape[0])]
+    if placement.converter is None:
+        return {placement.sources[0]: tuple(keys)}
+    if placement.stack is None:
+        return {}
+    return {source: (key,) for key, sources in zip(keys, placement.stack, strict=True) for source in sources}
 
 
 def check_shapes(items: list[Item], fmt: Format) -> None:
@@ -134,7 +153,7 @@ def check_patterns(rules: tuple[Rule, ...], modules: list[str]) -> None:
             )
 
 
-def source_name(ckpt: Checkpoint) -> str:
+def source_name(ckpt: AnyCheckpoint) -> str:
     """What a plan remembers of its source: path and the size and time of its weight files."""
     files = sorted(ckpt.path.glob("*.safetensors")) + sorted(ckpt.path.glob("*.pt"))
     return " ".join([str(ckpt.path.resolve()), *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])

@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from .. import __version__
 from ..errors import UserError
 from ..kernels.qtensor import QTensor
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import AnyCheckpoint
 from ..models.linear import EXPERTS, is_experts
-from ..models.load import assign, owner, source_shapes, tie
-from ..models.names import Placement, natural, placements
+from ..models.load import owner, source_shapes, tie
+from ..models.names import Placement, natural
 from ..quant_formats import base
 from .awq import search_scale
-from .blocks import Blocks, find_blocks
+from .blocks import Blocks, by_block, find_blocks, load_weights, unload_weights
 from .fold import InputGroup, fold, input_groups
 from .method import Method, Settings
 from .plan import Item, items_of
@@ -38,7 +38,7 @@ class Run:
     def __init__(
         self,
         model: PreTrainedModel,
-        ckpt: Checkpoint,
+        ckpt: AnyCheckpoint,
         fmt: base.Format,
         recipe: base.Recipe,
         method: Method,
@@ -51,9 +51,7 @@ class Run:
         self.count = len(model.get_submodule(self.path))  # type: ignore[arg-type]
         # One part per block, and a last one for everything else.
         self.parts = self.count + 1
-        self.places: list[list[Placement]] = [[] for _ in range(self.parts)]
-        for placement in placements(model, ckpt.weights):
-            self.places[self._part_of(placement.target)].append(placement)
+        self.places = by_block(model, self.path, ckpt.weights)
         self.alias = self._untie_head()
         self.part_items = [[i for p in places for i in items_of(model, p, recipe, fmt)] for places in self.places]
         self.items = [item for part in self.part_items for item in part]
@@ -79,10 +77,6 @@ class Run:
                 self.places[self.count].append(Placement(target, (target,)))
                 found[target] = sources[other]
         return found
-
-    def _part_of(self, target: str) -> int:
-        rest = target.removeprefix(self.path + ".")
-        return int(rest.split(".")[0]) if rest != target else self.count
 
     def all_parts(self, store: Store, ids: Tensor | None, progress: bool) -> dict[str, float]:
         """Quantize every part that is not finished; returns relative output errors by module."""
@@ -114,7 +108,7 @@ class Run:
         if blocks:
             self._load(index, store.get(index))
             blocks.run(index, keep=True)
-        self._unload(index)
+        unload_weights(self.model, self.places[index])
 
     def _rest(self, store: Store, blocks: Blocks | None, bar: Any) -> None:
         """Everything outside the blocks; the head, where it is quantized, sees the last block's outputs."""
@@ -125,7 +119,7 @@ class Run:
         errors: dict[str, float] = {}
         done: dict[str, QTensor] = {}
         if items and blocks:
-            with gather({i.key: self.model.get_submodule(i.key) for i in items}, {}, None) as stats:
+            with gather({i.key: self.model.get_submodule(i.key) for i in items}, {}, None, Stats) as stats:
                 blocks.finish()
             for item in items:
                 self._one(item, stats.get(item.key), done, errors, bar)
@@ -137,14 +131,7 @@ class Run:
 
     def _load(self, part: int, stored: Part | None) -> None:
         """Give the model the dense weights of a part: the source's, or (`stored`) what was written for it."""
-        for placement in self.places[part]:
-            # A copy: what comes from the file may be its mapped pages, and quantized weights are written over it.
-            tensors = [self._dense(s, stored).to(self.device, copy=True) for s in placement.sources]
-            for name, tensor in placement.convert(tensors, self.model).items():
-                if not assign(self.model, name, tensor):
-                    raise UserError(
-                        f"{self.ckpt.path}: tensor {placement.sources[0]} has no place in the model (as {name})"
-                    )
+        load_weights(self.model, self.places[part], lambda s: self._dense(s, stored), self.device, self.ckpt.path)
 
     def _dense(self, source: str, stored: Part | None) -> Tensor:
         module = source.removesuffix(".weight")
@@ -153,13 +140,6 @@ class Run:
         if module not in self.modules:
             return stored(source)
         return self.fmt.load(stored, module, self.shapes[source], self.recipe).dequantize()
-
-    def _unload(self, index: int) -> None:
-        for placement in self.places[index]:
-            module, leaf = owner(self.model, placement.target)
-            if module is not None and module._parameters.get(leaf) is not None:
-                old: Tensor = module._parameters[leaf]  # type: ignore[assignment]
-                module._parameters[leaf] = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
 
     def _without(self, items: list[Item], errors: dict[str, float], bar: Any) -> dict[str, QTensor]:
         done: dict[str, QTensor] = {}
@@ -217,7 +197,7 @@ class Run:
         self, blocks: Blocks, index: int, modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop: str | None
     ) -> dict[str, Stats]:
         args, kwargs = blocks.calls[index]
-        with torch.no_grad(), gather(modules, experts, stop) as found:
+        with torch.no_grad(), gather(modules, experts, stop, Stats) as found:
             for hidden in blocks.hidden:
                 try:
                     blocks.list[index](hidden, *args, **kwargs)

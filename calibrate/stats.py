@@ -4,9 +4,10 @@ q, k and v read the same tensor, so they share one Stats; so do gate and up. The
 tr(dW H dW^T): the mean squared error of the layer's output on the calibration inputs, dW being the weight's error.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,38 @@ class Stats:
         self.absmax = torch.maximum(self.absmax, flat.abs().amax(0))
         self.n = total
 
+    @property
+    def squares(self) -> Tensor:
+        """float64 [K]: sum of x^2."""
+        return self.hessian.diagonal().double() * self.n
+
+
+@dataclass
+class Squares:
+    """The part of `Stats` that an importance matrix is made of: K numbers where a Hessian has K * K."""
+
+    width: int
+    n: int = 0
+    # float64 [K]: sum of x^2.
+    squares: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, x: Tensor) -> None:
+        """x [..., K]."""
+        flat = x.detach().reshape(-1, self.width).double()
+        if not self.n:
+            self.squares = torch.zeros(self.width, dtype=torch.float64, device=x.device)
+        self.squares += flat.square().sum(0)
+        self.n += flat.shape[0]
+
+
+class Accumulator(Protocol):
+    """What `gather` adds inputs up in: `Stats` or `Squares`, made with the input's width."""
+
+    def add(self, x: Tensor) -> None: ...
+
+
+_A = TypeVar("_A", bound=Accumulator)
+
 
 def unseen(width: int) -> Stats:
     """What a method is given for an input calibration never reached (an expert no token was routed to): white noise."""
@@ -63,17 +96,23 @@ class Reached(Exception):
 
 @contextmanager
 def gather(
-    modules: dict[str, nn.Module], experts: dict[str, nn.Module], stop_after: str | None
-) -> Iterator[dict[str, Stats]]:
-    """Within the context, inputs of `modules` (path -> linear) and of each expert are added up under their key.
+    modules: Mapping[str, nn.Module],
+    experts: Mapping[str, nn.Module],
+    stop_after: str | None,
+    kind: Callable[[int], _A],
+) -> Iterator[dict[str, _A]]:
+    """Within the context, inputs of `modules` (path -> linear) and of each expert are added up under their key, each in
+    a `kind(width)`.
 
     Keys: a linear's path; "path/name/index" for expert `index` of projection `name`. With `stop_after`, `Reached` is
     raised as soon as that linear is called.
     """
-    found: dict[str, Stats] = {}
+    found: dict[str, _A] = {}
 
     def take(key: str, x: Tensor) -> None:
-        found.setdefault(key, Stats(x.shape[-1])).add(x)
+        if key not in found:
+            found[key] = kind(x.shape[-1])
+        found[key].add(x)
         if key == stop_after:
             raise Reached
 

@@ -119,7 +119,7 @@ class Store:
         tensors = {name: part(name) for part in map(self.get, range(count)) for name in part}
         temporary = self.work / f"{file}.tmp"
         torch.save(content(tensors), temporary)
-        _commit(temporary, self.work / file)
+        commit(temporary, self.work / file)
         self._unlink_parts(count)
 
     def _unlink_parts(self, count: int) -> None:
@@ -178,17 +178,18 @@ def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None
     umask = os.umask(0)
     os.umask(umask)
     temporary.chmod(0o666 & ~umask)
-    _commit(temporary, path)
+    commit(temporary, path)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
-    _commit(temporary, path)
+    commit(temporary, path)
 
 
-def _commit(temporary: Path, path: Path) -> None:
+def commit(temporary: Path, path: Path) -> None:
+    """Make a finished file durable and give it its name."""
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(temporary, path)

@@ -6,7 +6,7 @@ Options that are not given are not passed on: each default lives in one place, `
 import argparse
 from typing import Any
 
-from . import _threads
+from . import _calibration, _threads
 from ._output import note, quiet_libraries
 
 
@@ -21,9 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--bits", type=int, metavar="B")
     parser.add_argument("--group-size", type=int, metavar="G", help="inputs that share a scale; -1: the whole row")
     parser.add_argument("--method", metavar="M", help="rtn, gptq, awq, hqq; any with any format")
-    parser.add_argument("--calib", metavar="FILE|hub:NAME", help="calibration text: .txt, .jsonl or a data set")
-    parser.add_argument("--calib-samples", type=int, metavar="N")
-    parser.add_argument("--calib-seqlen", type=int, metavar="L")
+    _calibration.add_flags(parser)
     parser.add_argument("--recipe", metavar="FILE.yaml", help="bits and groups per module")
     parser.add_argument("--head-bits", type=int, metavar="B", help="quantize lm_head too, at this width")
     parser.add_argument("--skip", action="append", metavar="GLOB", help="module to leave alone; may be repeated")
@@ -33,7 +31,6 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--damp-percent", type=float, metavar="P", help="Hessian damping, a fraction (GPTQ)")
     parser.add_argument("--device", metavar="DEV")
     _threads.add_flag(parser)
-    parser.add_argument("--seed", type=int, metavar="S", help="which calibration blocks are drawn")
     parser.add_argument("--no-resume", dest="resume", action="store_false", help="start over instead of continuing")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it holds another checkpoint")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import open_checkpoint
 from ..models.inspect import inspect_checkpoint
 from ..quant_formats.base import Recipe
 from .results import Result, here
@@ -58,7 +58,7 @@ class Subject:
 
 def subject(path: str, base: str | None = None) -> Subject:
     """Identify the checkpoint at `path`; `base` is the path or name of its unquantized model, where that is known."""
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(path)
     recipe, config = checkpoint.recipe, checkpoint.config
     spec = str(recipe.default) if recipe else _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "f32")
     return Subject(

@@ -19,10 +19,11 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ log = logging.getLogger(__name__)
 PATHS = ("generic", "avx2", "avx512", "amx", "folded")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 4
+_ABI = 5
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
+_BY_GROUP = ("scales", "zeros", "mins")
+_Structure = TypeVar("_Structure", bound=ctypes.Structure)
 
 
 class _Weight(ctypes.Structure):
@@ -54,11 +57,14 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "supers", "scale_table", "values")),
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_rows", "per_super")),
         *((name, ctypes.c_float) for name in ("zero", "scale_offset")),
-        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype", "mins")),
     )
 
 
-_ADDRESSES = tuple(name for name, kind in _Weight._fields_ if kind is ctypes.c_void_p)
+@cache
+def addresses(kind: type[ctypes.Structure]) -> tuple[str, ...]:
+    """The pointers of a structure, in its order."""
+    return tuple(name for name, what, *_ in kind._fields_ if what is ctypes.c_void_p)
 
 
 @cache
@@ -76,7 +82,10 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
-    for name in ("linear", "pack", "unpack"):
+    lib.bitsmith_two_level_linear.argtypes = lib.bitsmith_linear.argtypes
+    lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
+    lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
+    for name in ("linear", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -96,7 +105,7 @@ class NativeLinear:
     shape: tuple[int, int]
     shapes: Mapping[str, torch.Size]
     extra: Mapping[str, Tensor]
-    # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
+    # uint8, cpp/common.h; scales, zeros and mins [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
     _weight: _Weight = field(repr=False)
     # Derived, small: kept alive for `_weight`.
@@ -134,45 +143,68 @@ class NativeLinear:
         found = dict(self.parts)
         n, k = self.shape
         found["codes"] = unpack_codes(found["codes"], n, k, self.spec.bits)
-        for name in ("scales", "zeros"):
+        for name in _BY_GROUP:
             if name in found and self._weight.scale_rows == 1:
                 found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
 
 
-def operands(weight: _Weight, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """What `linear` takes for `weight`: its bytes, and for each address in it the one of `tensors` that lies there."""
+def operands(weight: ctypes.Structure, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """What an operator takes for `weight`: its bytes, and for each address in it that of `tensors` which lies there."""
     at = {t.data_ptr(): t for t in tensors}
-    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in _ADDRESSES]
+    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in addresses(type(weight))]
     # A None costs a fifth of a microsecond a call.
     while found[-1] is None:
         found.pop()
     return torch.frombuffer(bytearray(weight), dtype=torch.uint8), found
 
 
-def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
-    # The addresses of these tensors, not of those that were packed: a traced graph may have moved them.
-    weight = _Weight.from_buffer_copy(_Weight.from_address(header.data_ptr()))
-    for name, tensor in zip(_ADDRESSES, tensors, strict=False):
+def structure(kind: type[_Structure], header: Tensor, tensors: Sequence[Tensor | None]) -> _Structure:
+    """What `operands` took apart, with the addresses of these tensors, not of those that were packed: a traced graph
+    may have moved them."""
+    weight = kind.from_buffer_copy(kind.from_address(header.data_ptr()))
+    for name, tensor in zip(addresses(kind), tensors, strict=False):
         if tensor is not None:
             setattr(weight, name, tensor.data_ptr())
+    return weight
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    dtype = _DTYPES[x.dtype]
-    lib = library()
-    assert lib is not None
-    lib.bitsmith_linear(
-        ctypes.byref(weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype, torch.get_num_threads(), path
-    )
+    _linear_call(y, x, header, tensors, path)()
     return y
 
 
-def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
+def _linear_call(
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
+) -> Callable[[], object]:
+    lib = library()
+    assert lib is not None
+    return product_call(lib.bitsmith_linear, structure(_Weight, header, tensors), y, x, path)
+
+
+def product_call(
+    function: Callable[..., object], weight: ctypes.Structure, y: Tensor, x: Tensor, path: int
+) -> Callable[[], object]:
+    """A call of one of the library's products y = x @ W.T, of dense tensors."""
+    return partial(
+        function, ctypes.byref(weight), x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr(), DTYPES[y.dtype],
+        torch.get_num_threads(), path,
+    )  # fmt: skip
+
+
+def linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
 # x [M, K] contiguous, columns in packed order; header and tensors from `operands` -> [M, n] in x's dtype.
-linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
+linear = ops.define(
+    "native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor",
+    _linear,
+    linear_fake,
+    lambda results, x, header, tensors, n: _linear_call(results[0], x, header, tensors),
+)
 
 
 def supports(q: QTensor) -> bool:
@@ -185,10 +217,13 @@ def supports(q: QTensor) -> bool:
         return False
     plain = straighten(q).spec
     group = q.shape[1] if plain.group == -1 else plain.group
+    if plain.scale == "ue4m3" or (plain.two_level and (plain.scale_code != (8, 0) or plain.zero == "min")):
+        return False
     if (
         plain.view
         or plain.vec > 1
         or plain.bits > 8
+        or "global_scale" in q.parts
         or (group % BLOCK and group < q.shape[1])
         or (plain.rows > 1 and plain.rows % ROWS)
     ):
@@ -197,7 +232,7 @@ def supports(q: QTensor) -> bool:
         return True
     if best_path() not in ("avx512", "amx") or plain.family not in ("affine", "minifloat", "codebook"):
         return False
-    return plain.table != ROW_TABLE and _table(q) is not None
+    return plain.table != ROW_TABLE and plain.zero != "min" and _table(q) is not None
 
 
 def pack(q: QTensor) -> NativeLinear:
@@ -208,19 +243,21 @@ def pack(q: QTensor) -> NativeLinear:
     parts = {name: t for name, t in plain.parts.items() if name != "perm"}
     parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
     rows = scale_rows(spec, n)
-    for name in ("scales", "zeros"):
+    for name in _BY_GROUP:
         if name in parts and rows == 1:
-            parts[name] = _by_block(parts[name].reshape(n, -1))
+            parts[name] = by_block(parts[name].reshape(n, -1))
     values = None if kind == _INT8 else _table(q)
     weight = _Weight(
         n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
         zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
         codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
-        scale_dtype=_E8M0 if spec.scale == "e8m0" else _DTYPES[parts["scales"].dtype],
+        scale_dtype=_E8M0 if spec.scale == "e8m0" else DTYPES[parts["scales"].dtype],
         values=None if values is None else values.data_ptr(),
     )  # fmt: skip
-    if "zeros" in parts:
-        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), _DTYPES[parts["zeros"].dtype]
+    for name in ("zeros", "mins"):
+        if name in parts:
+            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), DTYPES[parts[name].dtype]
+            weight.mins = name == "mins"
     if spec.two_level:
         _second_level(weight, parts, spec)
     if "perm" in q.parts:
@@ -313,7 +350,7 @@ def _table(q: QTensor) -> Tensor | None:
     return torch.cat([found, torch.zeros(256 - found.numel(), dtype=torch.bfloat16)])
 
 
-def _by_block(t: Tensor) -> Tensor:
+def by_block(t: Tensor) -> Tensor:
     """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
     n, groups = t.shape
     padded = torch.zeros(-(-n // ROWS) * ROWS, groups, dtype=t.dtype)
@@ -325,7 +362,7 @@ def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> N
     level = spec.two_level
     assert level is not None
     weight.per_super = level[1]
-    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), _DTYPES[parts["super_scales"].dtype]
+    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), DTYPES[parts["super_scales"].dtype]
     if "scale_table" in parts:
         weight.scale_table = parts["scale_table"].data_ptr()
     if "scale_offset" in parts:

@@ -6,37 +6,57 @@ with the restricted unpickler (weights_only), any other pickle is refused.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from ..errors import UserError
 from ..kernels.qtensor import QTensor
 from ..quant_formats import base
 
 _NATIVE_HQQ = "qmodel.pt"
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 def resolve(path: str | Path) -> Path:
-    """A local model directory for PATH: itself, or the snapshot of a hub id. UserError where there is neither."""
+    """A local model directory or .gguf file for PATH: itself, or the snapshot of a hub id (the GGUF file of a directory
+    that has no other weights). UserError where there is neither.
+    """
     local = Path(path)
     if local.is_dir():
+        return _only_gguf(local) or local
+    if local.suffix == ".gguf" and local.is_file():
         return local
     if local.is_file():
         raise UserError(
-            f"{path} is a file; bitsmith reads a model directory (config.json and *.safetensors) or a hub id. "
-            f"Fix: give the directory that holds it"
+            f"{path} is a file; bitsmith reads a model directory (config.json and *.safetensors), a .gguf file or a "
+            f"hub id. Fix: give the directory that holds it"
         )
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise UserError(
             f"{path} does not exist. Fix: check the path; it must be a model directory or a hub id such as org/name"
         )
     return _download(str(path))
+
+
+def _only_gguf(directory: Path) -> Path | None:
+    """The GGUF file of a directory whose weights are in GGUF, else None. UserError where it has several."""
+    if any(directory.glob("*.safetensors")) or (directory / _NATIVE_HQQ).exists():
+        return None
+    models = [p for p in sorted(directory.glob("*.gguf")) if "mmproj" not in p.name and not _LATER_PART.search(p.name)]
+    if len(models) > 1:
+        raise UserError(
+            f"{directory} holds {len(models)} GGUF models ({', '.join(p.name for p in models[:3])} ...). "
+            f"Fix: give the path of one of them"
+        )
+    return models[0] if models else None
 
 
 def _download(hub_id: str) -> Path:
@@ -67,6 +87,63 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+class AnyCheckpoint(Protocol):
+    """What the loader, the quantization driver and inspection read a model from."""
+
+    path: Path
+    # What messages about the configuration name.
+    config_file: Path
+    # config.json, or what a file without one says the same with.
+    config: dict[str, Any]
+    # Which spec a module has; None where nothing is quantized.
+    recipe: base.Recipe | None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        ...
+
+    @property
+    def weights(self) -> dict[str, bool]:
+        """Name of every weight (`X.weight` for a quantized module) -> whether it is quantized."""
+        ...
+
+    @property
+    def quantized_modules(self) -> frozenset[str]:
+        """Paths of the modules whose weight is quantized."""
+        ...
+
+    def __call__(self, name: str) -> Tensor:
+        """An unquantized weight, as stored. UserError naming it where it is missing."""
+        ...
+
+    def qtensor(self, weight: str, shape: tuple[int, int]) -> QTensor:
+        """The quantized weight named `X.weight`, of `shape` (out_features, in_features)."""
+        ...
+
+    def dense(self, weight: str, shape: tuple[int, int] | None = None) -> Tensor:
+        """A weight as plain numbers; dequantized in float32 where it is quantized (then `shape` is needed)."""
+        ...
+
+    def pretrained_config(self) -> PretrainedConfig:
+        """What transformers builds the model from, without a quantization_config. UserError where it cannot."""
+        ...
+
+    def generation_config(self) -> GenerationConfig | None:
+        """Sampling defaults and the tokens that end a completion; None where the checkpoint says nothing."""
+        ...
+
+
+def open_checkpoint(path: str | Path) -> AnyCheckpoint:
+    """The checkpoint at a directory, .gguf file or hub id. UserError where there is none that can be read."""
+    found = resolve(path)
+    if found.suffix == ".gguf" and found.is_file():
+        from .gguf_checkpoint import GGUFCheckpoint
+
+        return GGUFCheckpoint(found)
+    return Checkpoint(found)
+
+
 class Checkpoint:
     """Tensors of one model directory.
 
@@ -76,11 +153,12 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = resolve(path)
-        self.config = read_json(self.path / "config.json")
+        self.config_file = self.path / "config.json"
+        self.config = read_json(self.config_file)
         self._native: dict[str, Tensor] | None = None
         if (self.path / _NATIVE_HQQ).exists():
             self._open_native()
-        found = base.detect(self.config, str(self.path / "config.json"))
+        found = base.detect(self.config, str(self.config_file))
         self.format: base.Format | None = found[0] if found else None
         self.recipe: base.Recipe | None = found[1] if found else None
 
@@ -193,3 +271,16 @@ class Checkpoint:
             return self(weight)
         assert shape is not None
         return self.qtensor(weight, shape).dequantize()
+
+    def pretrained_config(self) -> PretrainedConfig:
+        try:
+            config = AutoConfig.from_pretrained(self.path)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{self.config_file}: transformers cannot build this model ({error})") from error
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        return config
+
+    def generation_config(self) -> GenerationConfig | None:
+        exists = (self.path / "generation_config.json").exists()
+        return GenerationConfig.from_pretrained(self.path) if exists else None

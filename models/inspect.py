@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint
+from .checkpoint import open_checkpoint
 from .load import build, source_shapes
 from .names import placements
 
@@ -17,7 +17,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Every quantized weight is read, since its contents and not the config decide its spec.
     """
-    ckpt = Checkpoint(path)
+    ckpt = open_checkpoint(path)
     model = build(ckpt, torch.float16)
     tensors: dict[str, str] = {}
     resident = parameters = quantized_bytes = quantized_weights = 0

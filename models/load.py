@@ -14,19 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
 from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
-from .checkpoint import Checkpoint, resolve
+from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
 from .fused import fuse
 from .linear import (
     EXPERTS,
@@ -62,7 +55,7 @@ def load_model(
 
     Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete.
     """
-    ckpt = Checkpoint(path)
+    ckpt = open_checkpoint(path)
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
     read_ahead(ckpt.files)
@@ -108,7 +101,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
+def pick_dtype(ckpt: AnyCheckpoint, device: torch.device, dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype asked for; else float32 on the CPU, the checkpoint's on a GPU (float16 for bfloat16 where the GPU has
     none).
     """
@@ -130,26 +123,15 @@ def pick_dtype(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype | str 
 def serving_dtype(path: str | Path, device: str | torch.device) -> torch.dtype | None:
     """What to serve in where nobody says: bfloat16 for a quantized checkpoint on the CPU, whose fast products are in
     it (float32 dequantizes every weight at every step); None, load_model's own choice, otherwise."""
-    quantized = Checkpoint(path).format is not None
+    quantized = open_checkpoint(path).recipe is not None
     return torch.bfloat16 if quantized and torch.device(device).type == "cpu" else None
 
 
-def model_config(ckpt: Checkpoint) -> PretrainedConfig:
-    """The transformers config without its quantization_config, which is ours to read."""
-    try:
-        config = AutoConfig.from_pretrained(ckpt.path)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{ckpt.path / 'config.json'}: transformers cannot build this model ({error})") from error
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    return config
-
-
-def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
+def build(ckpt: AnyCheckpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...)
     computed.
     """
-    config = model_config(ckpt)
+    config = ckpt.pretrained_config()
     with torch.device("meta"):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -157,12 +139,13 @@ def build(ckpt: Checkpoint, dtype: torch.dtype, attn_implementation: str = "sdpa
             )
         except (ValueError, KeyError) as error:
             raise UserError(
-                f"{ckpt.path / 'config.json'}: model_type {config.model_type!r} is no causal language model of "
+                f"{ckpt.config_file}: model_type {config.model_type!r} is no causal language model of "
                 f"transformers ({error})"
             ) from error
     _compute_buffers(model)
-    if (ckpt.path / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(ckpt.path)
+    generation = ckpt.generation_config()
+    if generation is not None:
+        model.generation_config = generation
     return model
 
 
@@ -188,7 +171,13 @@ class _Loader:
     """Fills one meta model from one checkpoint, one weight in memory at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, ckpt: Checkpoint, device: torch.device, dtype: torch.dtype, exact: bool, act: str
+        self,
+        model: PreTrainedModel,
+        ckpt: AnyCheckpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        exact: bool,
+        act: str,
     ) -> None:
         self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
 

@@ -31,7 +31,7 @@ constexpr int64_t ROWS = 16, BLOCK = 32;
 struct Weight {
   const uint8_t* codes;
   const void* scales;          // [blocks][groups][16], or [row tiles][groups] where scale_rows > 1
-  const void* zeros;           // like scales, or null: `zero` for all
+  const void* zeros;           // like scales, or null: `zero` for all; where `mins`, what is added to code * scale
   const void* supers;          // second level of the scales, or null
   const float* scale_table;    // [256], or null: the code is the number
   const uint16_t* values;      // bfloat16 [256] of BFLOAT
@@ -39,7 +39,7 @@ struct Weight {
   int64_t scale_rows;          // output rows that share a scale: 1, or a multiple of 16
   int64_t per_super;           // scales of a super scale, in row-major order of [n, groups]
   float zero, scale_offset;
-  int32_t bits, kind, scale_dtype, zero_dtype, super_dtype;
+  int32_t bits, kind, scale_dtype, zero_dtype, super_dtype, mins;
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t k_blocks() const { return (k + BLOCK - 1) / BLOCK; }
@@ -115,6 +115,14 @@ inline void store(void* p, int64_t i, int32_t dtype, float v) {
   }
 }
 
+// A min as the zero point that has the same effect. Where the scale is 0 the min is all there is: a scale of 2^-60 leaves it so.
+constexpr float NO_SCALE = 0x1p-60f;
+
+inline void zero_of_min(float& scale, float& zero) {
+  if (scale == 0) scale = NO_SCALE;
+  zero = -zero / scale;
+}
+
 // Scales and zero points of 16 rows in one group, as float32.
 inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, float* zero) {
   const int64_t groups = w.groups();
@@ -128,6 +136,7 @@ inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, floa
     }
     scale[r] = s;
     zero[r] = w.zeros ? load(w.zeros, at, w.zero_dtype) : w.zero;
+    if (w.mins) zero_of_min(scale[r], zero[r]);
   }
 }
 
