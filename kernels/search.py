@@ -11,7 +11,8 @@ an operation while the arrays of a piece stay in a core's L2 cache, a fifth of t
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,57 +20,84 @@ from torch import Tensor
 # Groups whose weights are all smaller count as zeros: no float16 scale could hold theirs.
 TINY = 1e-15
 _LEAST = 1e-38
+# Tries a group. Weighted error of 5, 7, 9 and 19 against llama.cpp's, Q4_K, Gaussian weights: 1.009, 0.994, 0.990, 0.987.
+_TRIES = 7
 
 
-def tries(top: int, count: int) -> list[float]:
+@dataclass(frozen=True)
+class Levels:
+    """The numbers that codes stand for before scaling; made by `integers` and `entries`."""
+
+    # numbers of any shape -> the level nearest to each; may overwrite its argument.
+    nearest: Callable[[Tensor], Tensor]
+    # What the number of a group with the largest magnitude is taken for, in each try.
+    attempts: Sequence[float]
+
+
+def tries(top: float) -> list[float]:
     """How many codes beyond `top` the extreme weight of a group is given in each try: shrinking the step below the one
-    that just covers the group pays the more, the more codes there are (measured for 3 to 32 codes a side)."""
+    that just covers the group pays the more, the more codes there are (measured for 2 to 32 codes a side)."""
     low, high = -0.6 * math.log2(top), 1.0
-    return [low + (high - low) * i / (count - 1) for i in range(count)]
+    return [low + (high - low) * i / (_TRIES - 1) for i in range(_TRIES)]
 
 
-def scaled(x: Tensor, w: Tensor, low: int, high: int, attempts: Sequence[float], rounds: int) -> tuple[Tensor, Tensor]:
-    """The scales of x ~ scale * code, code in low .. high, and how sharp each optimum is.
+def integers(low: int, high: int) -> Levels:
+    """The integers from low to high; the extreme of a group takes the side that reaches further, `low` if equal."""
+    reach = low if -low >= high else high
+    return Levels(
+        lambda numbers: numbers.round_().clamp_(low, high),
+        [math.copysign(abs(reach) + t, reach) for t in tries(abs(reach))],
+    )
 
-    x [n, B], w [n, B] >= 0 -> (scale [B], sum(w * code**2) [B]), both 0 for a group of zeros. With low = 0, x >= 0 is
-    expected; else scale is negative where the extreme of a group is positive: low has the longest reach.
+
+def entries(table: Tensor) -> Levels:
+    """The entries of a table, float32 [L], ascending."""
+    edges, first = (table[1:] + table[:-1]) / 2, float(table[0])
+    steps = [0.05 * i / (_TRIES - 1) for i in range(_TRIES)]
+    return Levels(lambda numbers: table[torch.bucketize(numbers, edges)], [first * (1.015 - step) for step in steps])
+
+
+def scaled(x: Tensor, w: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """The scales of x ~ scale * level, and how sharp each optimum is.
+
+    x [n, B], w [n, B] >= 0 -> (scale [B], sum(w * level**2) [B]), both 0 for a group of zeros. A scale is negative
+    where the extreme of its group has the other sign than the level that reaches furthest.
     """
     n, count = x.shape
     ones = x.new_ones(1, n)
     wx = w * x
-    code, product = torch.empty_like(x), torch.empty_like(x)
+    level, product = torch.empty_like(x), torch.empty_like(x)
     top, bottom = x.amax(0), x.amin(0)
     extreme = torch.where(top >= -bottom, top, bottom)
     empty = extreme.abs() <= TINY
     extreme.masked_fill_(empty, 1.0)
-    sxl, sll = x.new_empty(len(attempts), count), x.new_empty(len(attempts), count)
+    sxl, sll = x.new_empty(len(levels.attempts), count), x.new_empty(len(levels.attempts), count)
 
     def add(inverse: Tensor, i: int) -> None:
-        torch.mul(x, inverse, out=code).round_().clamp_(low, high)
-        torch.mm(ones, torch.mul(wx, code, out=product), out=sxl[i : i + 1])
-        torch.mm(ones, torch.mul(w, code, out=product).mul_(code), out=sll[i : i + 1])
+        found = levels.nearest(torch.mul(x, inverse, out=level))
+        torch.mm(ones, torch.mul(wx, found, out=product), out=sxl[i : i + 1])
+        torch.mm(ones, torch.mul(w, found, out=product).mul_(found), out=sll[i : i + 1])
 
-    for i, t in enumerate(attempts):
-        add((low - t if low else high + t) / extreme, i)
+    for i, most in enumerate(levels.attempts):
+        add(most / extreme, i)
     scales = sxl / sll.clamp_(min=_LEAST)
     best, index = (scales * sxl).max(0, keepdim=True)
     scale, sharp = scales.gather(0, index), sll.gather(0, index)
-    for _ in range(rounds):
-        add((1 / scale.masked_fill(scale == 0, 1.0))[0], 0)
-        fresh = sxl[:1] / sll[:1].clamp_(min=_LEAST)
-        better = fresh * sxl[:1] > best
-        best = torch.where(better, fresh * sxl[:1], best)
-        scale, sharp = torch.where(better, fresh, scale), torch.where(better, sll[:1], sharp)
+    add((1 / scale.masked_fill(scale == 0, 1.0))[0], 0)
+    fresh = sxl[:1] / sll[:1].clamp_(min=_LEAST)
+    better = fresh * sxl[:1] > best
+    scale, sharp = torch.where(better, fresh, scale), torch.where(better, sll[:1], sharp)
     return scale[0].masked_fill_(empty, 0.0), sharp[0].masked_fill_(empty, 0.0)
 
 
-def ranged(x: Tensor, w: Tensor, top: int, attempts: Sequence[float], rounds: int) -> tuple[Tensor, ...]:
+def ranged(x: Tensor, w: Tensor, top: int) -> tuple[Tensor, ...]:
     """The scales and mins of x ~ scale * code + min, code in 0 .. top, min <= 0.
 
     x [n, B], w [n, B] >= 0 -> (scale [B], min [B], weighted mean of x [B], sum of w [B]). Raises nothing; a group of
     equal numbers <= 0 is its min, scale 0.
     """
     n, count = x.shape
+    attempts = tries(top)
     ones = x.new_ones(1, n)
     least = x.amin(0).clamp_(max=0)
     span = x.amax(0) - least
@@ -96,14 +124,12 @@ def ranged(x: Tensor, w: Tensor, top: int, attempts: Sequence[float], rounds: in
     unsolved = best == torch.inf
     scale = torch.where(unsolved, span / top, scales.gather(0, index))
     shift = shifts.gather(0, index).masked_fill_(unsolved, 0.0)
-    for _ in range(rounds):
-        inverse = 1 / scale
-        torch.mul(y, inverse, out=code).sub_(shift * inverse)
-        add(0)
-        error, fresh, moved = _solve(sums[:, :1], sw, sy, syy, -least)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale, shift = torch.where(better, fresh, scale), torch.where(better, moved, shift)
+    inverse = 1 / scale
+    torch.mul(y, inverse, out=code).sub_(shift * inverse)
+    add(0)
+    error, fresh, moved = _solve(sums[:, :1], sw, sy, syy, -least)
+    better = error < best
+    scale, shift = torch.where(better, fresh, scale), torch.where(better, moved, shift)
     mean = sy / sw.clamp(min=_LEAST)
     minimum = (shift.masked_fill_(flat, 0.0) + least).clamp_(max=0)
     return scale[0].masked_fill_(flat, 0.0), minimum[0], (mean + least)[0], sw[0]
@@ -117,7 +143,8 @@ def _solve(sums: Tensor, sw: Tensor, sy: Tensor, syy: Tensor, most: Tensor) -> t
     """
     syl, sl, sll = sums
     determinant = sw * sll - sl * sl
-    usable = determinant > 0
+    # Codes that are all alike leave rounding errors here (1e-7), ones that are hardly alike 3e-5 and more.
+    usable = determinant > 1e-6 * sw * sll
     determinant = torch.where(usable, determinant, 1.0)
     scale = (sw * syl - sy * sl) / determinant
     shift = (sll * sy - sl * syl) / determinant
