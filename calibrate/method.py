@@ -71,6 +71,8 @@ def wide(params: Params, spec: Spec, shape: tuple[int, int]) -> Params:
 
 
 def round_to(matrix: Tensor, spec: Spec, params: Params) -> Tensor:
-    """The nearest codes, uint8 [R, C], of a grouped matrix."""
+    """The codes of a grouped matrix, as `build` takes them: those that `fit` chose, or the nearest, uint8 [R, C]."""
+    if params.codes is not None:
+        return params.codes
     shape = (matrix.shape[0], matrix.shape[1])
     return family(spec).grid.nearest(matrix, spec, wide(params, spec, shape))[0]
