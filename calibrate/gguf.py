@@ -2,20 +2,18 @@
 the end.
 
 Weights that are linears or experts go through the driver like any format's, module by module. The others (embeddings,
-stacks that a checkpoint keeps transposed) are rounded when the file is written, tensor by tensor.
+experts that a checkpoint keeps transposed) are rounded when the file is written, a piece at a time.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..errors import UserError
+from ..kernels.qtensor import QTensor
 from ..models.checkpoint import AnyCheckpoint
-from ..models.gguf_archs import Arch, arch_of_model
-from ..models.gguf_names import Link, file_shape, in_file, interleaved, links
+from ..models.gguf_archs import Arch
+from ..models.gguf_plan import Planned, permuted, piece_of, plan
 from ..quant_formats import gguf as dialect
 from ..quant_formats import gguf_blocks
 from ..quant_formats.base import Recipe
@@ -26,76 +24,75 @@ from .imatrix import Imatrix
 from .method import Settings
 from .stats import Squares
 
-PREFIX = "gguf:"
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Numbers rounded at a time: a vocabulary's embeddings are a gigabyte in float32.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a GGUF file of a model will hold; made by `plan`."""
+    """What a GGUF file of a checkpoint will hold; made by `layout`."""
 
-    arch: Arch
     # A key of gguf_rules.MIXTURES.
     file_type: str
-    links: tuple[Link, ...]
-    # By tensor.
+    tensors: tuple[Planned, ...]
+    # ggml type by tensor.
     types: Mapping[str, str]
-    recipe: Recipe
+
+    @property
+    def number(self) -> int:
+        """llama.cpp's number of the file type."""
+        return MIXTURES[self.file_type].ftype
+
+    def recipe(self) -> Recipe:
+        """What the driver is to do: the spec of each module whose rows are rows of a tensor."""
+        modules = {
+            weight.removesuffix(".weight"): spec
+            for each in self.tensors
+            if each.link and each.link.quantizable and (spec := gguf_blocks.spec(self.types[each.name]))
+            for weight in each.link.weights
+        }
+        base = MIXTURES[self.file_type].base
+        options = {"ternary": base if base in dialect.TERNARY else dialect.TERNARY[-1]}
+        return Recipe("gguf", (("*", "skip"),), options, modules=modules)
 
 
-def plan(
-    model: PreTrainedModel, ckpt: AnyCheckpoint, name: str, overrides: Overrides, imatrix: Imatrix | None
-) -> Layout:
-    """The types of a file `name` ("q4_k_m") of this model, and the recipe they mean for the driver.
+def layout(ckpt: AnyCheckpoint, name: str, overrides: Overrides, imatrix: Imatrix | None) -> Layout:
+    """The types of a file `name` ("q4_k_m") of this checkpoint.
 
     UserError for an architecture that GGUF does not know, an unknown file type, shapes that do not fit, and types that
     need an importance matrix where there is none.
     """
     kind = file_type(name)
-    arch = arch_of_model(model.config.model_type, str(ckpt.config_file))
-    found = tuple(links(model, arch))
-    shapes = {link.tensor: file_shape(link) for link in found}
-    facts = _facts(arch, model, imatrix is not None)
-    types = tensor_types(kind, facts, list(shapes.items()), overrides).types
+    arch, tensors = plan(ckpt)
+    shapes = [(each.name, each.shape) for each in tensors]
+    types = tensor_types(kind, facts(ckpt, arch, imatrix is not None), shapes, overrides).types
     check_imatrix(kind, types, () if imatrix is None else imatrix.entries)
-    modules = {
-        weight.removesuffix(".weight"): spec
-        for link in found
-        if link.quantizable and (spec := gguf_blocks.spec(types[link.tensor]))
-        for weight in link.weights
-    }
-    ternary = MIXTURES[kind].base
-    options = {"ternary": ternary if ternary in dialect.TERNARY else dialect.TERNARY[-1]}
-    return Layout(arch, kind, found, types, Recipe("gguf", (("*", "skip"),), options, modules=modules))
+    return Layout(kind, tuple(tensors), types)
 
 
-def _facts(arch: Arch, model: PreTrainedModel, has_imatrix: bool) -> Facts:
-    config = model.config
+def facts(ckpt: AnyCheckpoint, arch: Arch, has_imatrix: bool) -> Facts:
+    """What mixtures depend on besides names and shapes."""
+    config = ckpt.pretrained_config()
     experts = next((getattr(config, f.field) for f in arch.fields if f.key == "expert_count"), 0)
     heads = config.num_attention_heads
-    return Facts(
-        arch.name.partition("+")[0],
-        config.num_hidden_layers,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        experts,
-        has_imatrix,
-    )
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    name = arch.name.partition("+")[0]
+    return Facts(name, config.num_hidden_layers, heads, kv_heads, experts, has_imatrix)
 
 
-def importances(layout: Layout, imatrix: Imatrix) -> dict[str, Squares]:
-    """What `imatrix` says of the inputs of each module, and of the tensors that are no module's (by tensor).
+def importances(tensors: tuple[Planned, ...], imatrix: Imatrix) -> dict[str, Squares]:
+    """What `imatrix` says of the inputs of each module, by its path, and of each tensor, by its name in GGUF.
 
     UserError where an entry is of another shape than its weight.
     """
     found = {}
-    for link in layout.links:
-        rows = imatrix.importance(link.tensor, file_shape(link))
-        if rows is None:
+    for each in tensors:
+        rows = imatrix.importance(each.name, each.shape)
+        if rows is None or each.link is None:
             continue
-        for weight, row in zip(link.weights, rows.expand(len(link.weights), -1), strict=True):
+        for weight, row in zip(each.link.weights, rows.expand(len(each.link.weights), -1), strict=True):
             found[weight.removesuffix(".weight")] = _known(row)
-        found[link.tensor] = _known(rows.mean(0))
+        found[each.name] = _known(rows.mean(0))
     return found
 
 
@@ -103,39 +100,29 @@ def _known(row: Tensor) -> Squares:
     return Squares(row.shape[0], 1, row.double())
 
 
-def file_rows(
-    layout: Layout, packed: Callable[[str], Tensor | None], dense: Callable[[str], Tensor], known: Mapping[str, Squares]
-) -> Iterator[tuple[str, str, Sequence[int], Tensor]]:
-    """(tensor, type, shape, content) of each tensor in the file's order; content uint8 [rows, bytes] of packed types,
-    else numbers of the type's dtype.
+# Module -> rows of blocks that were made of it, None where there are none.
+Packed = Callable[[str], Tensor | None]
 
-    `packed` gives the rows the driver made of a module, None where it made none; `dense` any weight as numbers.
-    """
-    for link in layout.links:
-        kind, shape = layout.types[link.tensor], file_shape(link)
-        made = [packed(weight.removesuffix(".weight")) for weight in link.weights]
-        if all(rows is not None for rows in made):
-            rows = [_permuted(rows, link) for rows in made if rows is not None]
-            yield link.tensor, kind, shape, torch.cat(rows) if len(rows) > 1 else rows[0]
+
+def rows(
+    each: Planned, kind: str, ckpt: AnyCheckpoint, packed: Packed, known: Mapping[str, Squares]
+) -> Iterator[Tensor]:
+    """uint8 [.., bytes of a row] of a tensor as type `kind`: of its modules, or rounded here."""
+    assert each.link is not None
+    for weight in each.link.weights:
+        module = weight.removesuffix(".weight")
+        made = packed(module)
+        if made is not None:
+            yield permuted(each.link, made)
             continue
-        numbers = in_file(link, dense)
-        if kind in _DENSE:
-            yield link.tensor, kind, shape, numbers.to(_DENSE[kind])
-            continue
-        yield link.tensor, kind, shape, _rounded(numbers.flatten(0, -2).float(), kind, known.get(link.tensor))
+        numbers = piece_of(each.link, weight, ckpt)
+        numbers = numbers.reshape(-1, numbers.shape[-1])
+        for piece in numbers.split(max(1, _PIECE // numbers.shape[1])):
+            yield gguf_blocks.pack(kind, rounded(piece, kind, known.get(module) or known.get(each.name)))
 
 
-def _permuted(rows: Tensor, link: Link) -> Tensor:
-    return rows[interleaved(rows.shape[0], link.heads)] if link.heads else rows
-
-
-# Numbers rounded at a time: a vocabulary's embeddings are a gigabyte in float32.
-_PIECE = 1 << 24
-
-
-def _rounded(numbers: Tensor, kind: str, known: Squares | None) -> Tensor:
+def rounded(numbers: Tensor, kind: str, known: Squares | None) -> QTensor:
+    """float32 [N, K] in the blocks of a ggml type."""
     spec = gguf_blocks.spec(kind)
     assert spec is not None
-    step = max(1, _PIECE // numbers.shape[1])
-    pieces = (rtn.quantize(piece, spec, known, Settings()) for piece in numbers.split(step))
-    return torch.cat([gguf_blocks.pack(kind, piece) for piece in pieces])
+    return rtn.quantize(numbers, spec, known, Settings())

@@ -64,8 +64,6 @@ class Run:
         for placement in (p for places in self.places for p in places):
             if any(ckpt.weights.get(s) for s in placement.sources):
                 self.shapes |= source_shapes(model, placement)
-        if not self.items:
-            raise UserError(f"{ckpt.path}: the recipe leaves no weight to quantize. Fix: fewer --skip patterns")
 
     def _untie_head(self) -> dict[str, str]:
         """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it
@@ -271,6 +269,8 @@ class Run:
 
     def summary(self, store: Store, errors: dict[str, float]) -> dict[str, Any]:
         """bits per weight over the quantized weights (scales and zero points counted), and the errors."""
+        if not errors:
+            return {"errors": errors}
         weights = sum(i.shape[0] * i.shape[1] for i in self.items)
         size = sum(store.get(index).facts["bytes"] for index in range(self.parts))
         mean = sum(errors.values()) / len(errors)
