@@ -101,8 +101,14 @@ def _imatrix(
         return read_imatrix(Path(path))
     if calib is None:
         return None
-    sizes = {f"calib_{name}": rows_of[name] for name in ("samples", "seqlen")}
-    found, said = measure(ckpt.path, calib=calib, **sizes, seed=rows_of["seed"], progress=progress)
+    found, said = measure(
+        ckpt.path,
+        calib=calib,
+        calib_samples=rows_of["samples"],
+        calib_seqlen=rows_of["seqlen"],
+        seed=rows_of["seed"],
+        progress=progress,
+    )
     for line in said:
         _LOG.warning("%s", line)
     return found

@@ -212,7 +212,7 @@ class _Loader:
         if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
             self._experts(module, leaf, placement.stack)
             return True
-        _LOG.warning("%s is quantized but no plain linear: it is dequantized", placement.target)
+        _LOG.info("%s is quantized but no plain linear: it is dequantized", placement.target)
         shapes = source_shapes(self.model, placement)
         tensors = [self.ckpt.dense(s, shapes[s]) for s in placement.sources]
         return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())

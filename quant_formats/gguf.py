@@ -20,7 +20,7 @@ from .gguf_rules import MIXTURES
 
 _PLAIN = ("F32", "F16", "BF16")
 NAMES = tuple(f"gguf:{name}" for name, mix in MIXTURES.items() if mix.base not in _PLAIN)
-SUFFIXES = ("ggml",)
+SUFFIXES: tuple[str, ...] = ("ggml",)
 MARK = "ggml"
 SIDECAR = ""
 # Two types of one spec; the file type says which.
