@@ -26,7 +26,7 @@ from .stats import Squares
 
 ROWS = 256
 # What a tensor may become.
-CANDIDATES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CANDIDATES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 @dataclass(frozen=True)
