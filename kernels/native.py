@@ -37,7 +37,7 @@ from .spec import ROW_TABLE, Spec
 
 log = logging.getLogger(__name__)
 
-PATHS = ("generic", "avx2", "avx512", "amx", "folded")
+PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
