@@ -210,7 +210,7 @@ linear = ops.define(
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine.
 
-    The plain loops of a processor without AVX2 are ten times slower than torch's operators: they define the result and
+    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the result and
     are not used for it.
     """
     if best_path() in ("", "generic"):

@@ -10,6 +10,7 @@
 #include "generic.h"
 #include "layer.h"
 #include "neon.h"
+#include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
 #include "two_level.h"
@@ -197,7 +198,8 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; otherwise AVX2, which the machine must have.
+// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; NEON, NEON_SDOT; otherwise the best of AVX2 and NEON, which
+// the machine must have.
 BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                             int32_t threads, [[maybe_unused]] int32_t path) {
   const two_level::Weight& w = *weight;
@@ -207,6 +209,12 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   if (path != GENERIC) {
     prepare = two_level::vectors::prepare;
     rows = two_level::vectors::rows_of(w);
+  }
+#elif BITSMITH_NEON
+  if (path < 0) path = best_path();
+  if (path != GENERIC) {
+    prepare = two_level::neon::prepare;
+    rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
   static thread_local two_level::Input buffers;

@@ -242,26 +242,33 @@ BITSMITH_NEON_INLINE float32x4_t activations4(const void* x, int64_t at, int32_t
   return vld1q_f32(some);
 }
 
+// The largest magnitude of `count` activations (a multiple of 4) of which `present` are there; NaN where one is.
+BITSMITH_NEON_INLINE float largest(const void* x, int64_t at, int64_t count, int32_t dtype, int64_t present) {
+  float32x4_t found = vdupq_n_f32(0);
+  for (int64_t i = 0; i < count; i += 4) found = vmaxq_f32(found, vabsq_f32(activations4(x, at + i, dtype, present - i)));
+  return vmaxvq_f32(found);
+}
+
+BITSMITH_NEON_INLINE int8x16_t rounded16(const void* x, int64_t at, int32_t dtype, int64_t present, float inverse) {
+  int16x4_t q[4];
+  for (int j = 0; j < 4; ++j)
+    q[j] = vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(activations4(x, at + 4 * j, dtype, present - 4 * j), inverse)));
+  return vcombine_s8(vmovn_s16(vcombine_s16(q[0], q[1])), vmovn_s16(vcombine_s16(q[2], q[3])));
+}
+
 // One row of activations, its columns in packed order, rounded to int8 a chunk.
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   for (int64_t c = 0; c < in.chunks; ++c) {
     const int64_t first = c * in.chunk, stop = c + 1 == in.chunks ? in.inputs : first + in.chunk;
-    float32x4_t largest = vdupq_n_f32(0);
-    for (int64_t k = first; k < stop; k += 4) largest = vmaxq_f32(largest, vabsq_f32(activations4(x, row * w.k + k, dtype, w.k - k)));
-    const float peak = vmaxvq_f32(largest), inverse = peak > 0 ? 127 / peak : 0;
-    int32x4_t sum = vdupq_n_s32(0);
+    const float peak = largest(x, row * w.k + first, stop - first, dtype, w.k - first), inverse = peak > 0 ? 127 / peak : 0;
+    int32_t codes = 0;
     for (int64_t k = first; k < stop; k += 16) {
-      int16x4_t q[4];
-      for (int j = 0; j < 4; ++j) {
-        const int32x4_t one = vcvtnq_s32_f32(vmulq_n_f32(activations4(x, row * w.k + k + 4 * j, dtype, w.k - k - 4 * j), inverse));
-        sum = vaddq_s32(sum, one);
-        q[j] = vmovn_s32(one);
-      }
-      const int8x8_t low = vmovn_s16(vcombine_s16(q[0], q[1])), high = vmovn_s16(vcombine_s16(q[2], q[3]));
-      vst1q_s8(in.q.data() + row * in.stride + k, vcombine_s8(low, high));
+      const int8x16_t q = rounded16(x, row * w.k + k, dtype, w.k - k, inverse);
+      vst1q_s8(in.q.data() + row * in.stride + k, q);
+      codes += vaddlvq_s8(q);
     }
     in.scale[row * in.chunks + c] = peak / 127;
-    in.sum[row * in.chunks + c] = peak / 127 * static_cast<float>(vaddvq_s32(sum));
+    in.sum[row * in.chunks + c] = peak / 127 * static_cast<float>(codes);
   }
 }
 

@@ -172,6 +172,78 @@ std::vector<Case> cases() {
   return found;
 }
 
+struct TwoLevel {
+  int32_t bits, sub_bits;
+  int64_t group;
+  bool mins, table;
+};
+
+double compare(const TwoLevel& f, int64_t n, int64_t k, int64_t rows, bool extreme, const std::vector<int32_t>& paths) {
+  char name[96];
+  std::snprintf(name, sizeof name, "two levels, %d bits, scales of %d, %ld x %ld, %ld rows, extreme %d", f.bits, f.sub_bits, static_cast<long>(n),
+                static_cast<long>(k), static_cast<long>(rows), extreme);
+  const int64_t supers = k / two_level::SUPER, groups = k / f.group, per = two_level::SUPER / f.group, blocks = (n + ROWS - 1) / ROWS;
+  const uint32_t top = (1u << f.bits) - 1, sub_top = (1u << f.sub_bits) - 1;
+  const auto random = [&](int64_t count, uint32_t most) {
+    std::vector<uint8_t> found(static_cast<size_t>(count));
+    for (auto& code : found) code = static_cast<uint8_t>(extreme ? most : generator() & most);
+    return found;
+  };
+  const std::vector<uint8_t> codes = random(n * k, top), scale = random(n * groups, sub_top), min = random(n * groups, sub_top);
+  const std::vector<uint32_t> stream = stream_of(codes, n, k, f.bits);
+  std::vector<uint8_t> packed(static_cast<size_t>(blocks * k / BLOCK * 64 * f.bits)), packed_scale(blocks * supers * per * ROWS * f.sub_bits / 8);
+  std::vector<uint8_t> packed_min(packed_scale.size()), back(scale.size());
+  bitsmith_pack(stream.data(), k * f.bits / 32, 1, n, k, f.bits, packed.data(), 1);
+  bitsmith_pack_levels(scale.data(), n, groups, static_cast<int32_t>(per), f.sub_bits, packed_scale.data());
+  bitsmith_pack_levels(min.data(), n, groups, static_cast<int32_t>(per), f.sub_bits, packed_min.data());
+  bitsmith_unpack_levels(packed_scale.data(), n, groups, static_cast<int32_t>(per), f.sub_bits, back.data());
+  if (back != scale) fail("scales do not come back", name);
+  const auto factors = [&](float low, float high) {
+    std::vector<float> found(static_cast<size_t>(blocks * supers * ROWS));
+    for (auto& v : found) v = uniform(low, high);
+    return Stored(found, F16);
+  };
+  const Stored super = factors(0.01f, 0.02f), super_min = factors(-0.02f, 0.02f);
+  std::vector<float> x(static_cast<size_t>(rows * k));
+  for (auto& v : x) v = extreme ? 1.0f : uniform(-1.0f, 1.0f);
+  int8_t table[16];
+  for (int i = 0; i < 16; ++i) table[i] = static_cast<int8_t>(17 * i - 128 + (i == 0));
+
+  two_level::Weight w{};
+  w.codes = packed.data(), w.scales = packed_scale.data(), w.mins = f.mins ? packed_min.data() : nullptr;
+  w.supers = reinterpret_cast<const uint16_t*>(super.bytes.data()), w.super_mins = reinterpret_cast<const uint16_t*>(super_min.bytes.data());
+  w.table = f.table ? table : nullptr;
+  w.n = n, w.k = k, w.bits = f.bits, w.group = static_cast<int32_t>(f.group), w.sub_bits = f.sub_bits;
+  w.offset = f.mins ? 0 : 1 << (f.sub_bits - 1), w.zero = f.mins || f.table ? 0 : 1 << (f.bits - 1);
+  std::vector<double> wanted(static_cast<size_t>(rows * n)), size(wanted.size());
+  for (int64_t m = 0; m < rows; ++m) {
+    const std::vector<double> in = rounded(x, m, k, two_level::CHUNK);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t i = 0; i < k; ++i) {
+        const int64_t g = i / f.group, at = (r / ROWS * supers + i / two_level::SUPER) * ROWS + r % ROWS;
+        const uint8_t code = codes[r * k + i];
+        const double value = (f.table ? table[code] : code) - w.zero, by = (scale[r * groups + g] - w.offset) * static_cast<double>(super.value[at]);
+        const double low = f.mins ? min[r * groups + g] * static_cast<double>(super_min.value[at]) : 0;
+        wanted[m * n + r] += in[i] * (value * by + low);
+        size[m * n + r] += std::fabs(in[i]) * (std::fabs(value * by) + std::fabs(low));
+      }
+  }
+  double most = 0;
+  for (const int32_t path : paths) {
+    std::vector<float> y(wanted.size(), NAN);
+    bitsmith_two_level_linear(&w, x.data(), F32, rows, y.data(), F32, 2, path);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double error = std::fabs(y[i] - wanted[i]) / size[i];
+      if (!(error < 1e-6)) {
+        std::printf("path %d, output %zu: %g, wanted %g\n", path, i, y[i], wanted[i]);
+        fail("wrong product", name);
+      }
+      most = std::max(most, error);
+    }
+  }
+  return most;
+}
+
 }  // namespace
 
 int main() {
@@ -181,8 +253,12 @@ int main() {
   if (neon::has_sdot()) paths.push_back(NEON_SDOT);
 #endif
   double most = 0;
-  const std::vector<Case> all = cases();
-  for (const Case& c : all) most = std::max(most, compare(c, paths));
-  std::printf("%d %zu %g\n", bitsmith_path(), all.size() * paths.size(), most);
+  size_t count = 0;
+  for (const Case& c : cases()) most = std::max(most, compare(c, paths)), ++count;
+  for (const TwoLevel& f : {TwoLevel{2, 4, 16, true, false}, {3, 6, 16, false, false}, {4, 6, 32, true, false}, {4, 6, 32, false, true},
+                            {5, 6, 32, true, false}, {6, 8, 16, false, false}})
+    for (const int64_t rows : {1, 2, 3, 7})
+      for (const bool extreme : {false, true}) most = std::max(most, compare(f, 19, 512, rows, extreme, paths)), ++count;
+  std::printf("%d %zu %g\n", bitsmith_path(), count * paths.size(), most);
   return 0;
 }
