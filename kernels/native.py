@@ -37,7 +37,7 @@ from .spec import ROW_TABLE, Spec
 
 log = logging.getLogger(__name__)
 
-PATHS = ("generic", "avx2", "avx512", "amx", "folded")
+PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
@@ -211,7 +211,7 @@ linear = ops.define(
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine.
 
-    The plain loops of a processor without AVX2 are ten times slower than torch's operators: they define the result and
+    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the result and
     are not used for it.
     """
     if best_path() in ("", "generic"):
