@@ -20,7 +20,9 @@ pytestmark = pytest.mark.skipif(
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = tmp_path_factory.mktemp("neon") / "neon"
     source = Path(__file__).parent / "cpp" / "neon.cpp"
-    done = subprocess.run([COMPILER, *FLAGS, "-o", built, source], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [COMPILER, *FLAGS, "-o", str(built), str(source)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return built
 
@@ -28,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("processor", "path"), [("cortex-a53", "neon"), ("cortex-a76", "neon-dotprod")])
 def test_products(program: Path, processor: str, path: str) -> None:
     """Every width, odd shapes, one and two levels of scales. A Cortex-A53 has no dot products: an `sdot` would end it."""
-    command = [EMULATOR, "-cpu", processor, program]
+    command = [EMULATOR, "-cpu", processor, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     chosen, compared, error = done.stdout.split()
