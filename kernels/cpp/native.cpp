@@ -8,6 +8,7 @@
 #include "common.h"
 #include "folded.h"
 #include "generic.h"
+#include "grids.h"
 #include "layer.h"
 #include "neon.h"
 #include "neon_two_level.h"
@@ -126,10 +127,25 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
+// Rounds m rows of activations, then rows(activations, nb) for each block of 16 outputs.
+template <class Rows>
+void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), const void* x,
+                       int32_t x_dtype, int64_t m, int32_t threads, const Rows& rows) {
+  static thread_local two_level::Input buffers;
+  two_level::Input& in = buffers;
+  two_level::shape(w, m, in);
+  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
+  const int64_t count = w.row_blocks();
+  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+  pool().run(tasks, threads, [&](int64_t task) {
+    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(in, nb);
+  });
+}
+
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 5; }
+BITSMITH_API int32_t bitsmith_abi() { return 7; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -217,15 +233,25 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  static thread_local two_level::Input buffers;
-  two_level::Input& in = buffers;
-  two_level::shape(w, m, in);
-  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
-  const int64_t count = w.row_blocks();
-  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-  pool().run(tasks, threads, [&](int64_t task) {
-    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(w, in, nb, y, y_dtype);
-  });
+  two_level_product(w, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { rows(w, in, nb, y, y_dtype); });
+}
+
+// bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
+BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
+                                        int32_t threads, int32_t path) {
+  const grids::Weight& w = *weight;
+  auto prepare = two_level::prepare;
+  auto chunk = grids::chunk;
+#if BITSMITH_X86
+  if (path != GENERIC) {
+    prepare = two_level::vectors::prepare;
+    chunk = grids::chunk256;
+  }
+#endif
+  // Activations depend on the weight's size alone.
+  two_level::Weight size{};
+  size.n = w.n, size.k = w.k;
+  two_level_product(size, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { grids::rows(w, in, chunk, nb, y, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
