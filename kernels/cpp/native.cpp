@@ -238,7 +238,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 
 // bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
-                                        int32_t threads, int32_t path) {
+                                        int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto chunk = grids::chunk;
