@@ -211,8 +211,8 @@ linear = ops.define(
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine.
 
-    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the result and
-    are not used for it.
+    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the
+    result and are not used for it.
     """
     if best_path() in ("", "generic"):
         return False
