@@ -19,6 +19,9 @@ from bitsmith.models.load import load_model, load_tokenizer
 from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.llm import LLM
 
+from . import gguf_tiny as tiny
+from .gguf_models import llama_quantize
+
 IDS = [(7 * i + 3) % 250 for i in range(100)]
 # llama.cpp computes GELU from a table of float16.
 GELU = ("gemma", "gemma2", "gemma3", "starcoder2")
