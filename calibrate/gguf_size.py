@@ -22,7 +22,7 @@ from .plan import source_name
 from .sensitivity import Source, measure
 
 # What a tensor may become.
-CANDIDATES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CANDIDATES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 @dataclass(frozen=True)
