@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import bits, int4pack, lut, native, probe
+from . import bits, int4pack, lut, native, native_float, probe
 from .families import scales
 from .pieces import pieces
 from .qtensor import QTensor, codes_of
@@ -146,6 +146,10 @@ def prepare_dense(weight: Tensor) -> DenseMatmul:
     return DenseMatmul("linear", weight)
 
 
-def prepare(q: QTensor) -> native.NativeLinear | int4pack.Int4Pack | LookUp:
+def prepare(q: QTensor) -> native.NativeLinear | native_float.FloatLinear | int4pack.Int4Pack | LookUp:
     """The fastest product of `q`."""
-    return native.pack(q) if native.supports(q) else int4pack.pack(q) or LookUp(q)
+    if native.supports(q):
+        return native.pack(q)
+    if native_float.supports(q):
+        return native_float.pack(q)
+    return int4pack.pack(q) or LookUp(q)

@@ -39,15 +39,15 @@ log = logging.getLogger(__name__)
 PATHS = ("generic", "avx2", "avx512", "amx", "folded")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 1
+_ABI = 2
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """`Weight` of cpp/common.h."""
 
     _fields_ = (
@@ -71,8 +71,9 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
+    lib.bitsmith_floats.argtypes = lib.bitsmith_linear.argtypes
     lib.bitsmith_pack.argtypes = lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
-    for name in ("linear", "pack", "unpack"):
+    for name in ("linear", "floats", "pack", "unpack"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -94,7 +95,7 @@ class NativeLinear:
     extra: Mapping[str, Tensor]
     # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
-    _weight: _Weight = field(repr=False)
+    _weight: Weight = field(repr=False)
     # Derived, small: kept alive for `_weight`.
     _values: Tensor | None = field(default=None, repr=False)
 
@@ -112,7 +113,7 @@ class NativeLinear:
         path: one of PATHS, for tests and measurements; the best of this machine if empty.
         """
         y = torch.empty(x.shape[0], self.shape[0], dtype=x.dtype)
-        dtype = _DTYPES[x.dtype]
+        dtype = DTYPES[x.dtype]
         lib = library()
         assert lib is not None
         lib.bitsmith_linear(
@@ -123,12 +124,8 @@ class NativeLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        found = dict(self.parts)
-        n, k = self.shape
-        found["codes"] = unpack_codes(found["codes"], n, k, self.spec.bits)
-        for name in ("scales", "zeros"):
-            if name in found and self._weight.scale_rows == 1:
-                found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
+        found = scales_as_given(self.parts, self._weight)
+        found["codes"] = unpack_codes(found["codes"], *self.shape, self.spec.bits)
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
 
@@ -161,30 +158,43 @@ def supports(q: QTensor) -> bool:
 def pack(q: QTensor) -> NativeLinear:
     """`q` in the library's layout; `supports(q)` must be true."""
     plain = straighten(q)
-    spec, (n, k) = plain.spec, q.shape
-    kind = _kind(spec)
-    parts = {name: t for name, t in plain.parts.items() if name != "perm"}
-    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
-    rows = scale_rows(spec, n)
-    for name in ("scales", "zeros"):
-        if name in parts and rows == 1:
-            parts[name] = _by_block(parts[name].reshape(n, -1))
-    values = None if kind == _INT8 else _table(q)
-    weight = _Weight(
-        n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
-        zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
-        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
-        scale_dtype=_E8M0 if spec.scale == "e8m0" else _DTYPES[parts["scales"].dtype],
-        values=None if values is None else values.data_ptr(),
-    )  # fmt: skip
-    if "zeros" in parts:
-        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), _DTYPES[parts["zeros"].dtype]
-    if spec.two_level:
-        _second_level(weight, parts, spec)
+    parts, weight = blocked(plain)
+    weight.kind = _kind(plain.spec)
+    values = None if weight.kind == _INT8 else _table(q)
+    if values is None:
+        weight.zero = family(plain.spec).fixed_zero(plain.spec) or 0.0
+    else:
+        weight.values = values.data_ptr()
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
     shapes = {name: t.shape for name, t in q.parts.items()}
     return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
+
+
+def blocked(plain: QTensor) -> tuple[dict[str, Tensor], Weight]:
+    """The parts of `plain` (straightened, one code a weight) in the layout of cpp/common.h, and what says so there; the
+    kind, the zero point that is not stored and the values of codes are left open."""
+    spec, (n, k) = plain.spec, plain.shape
+    parts = {name: t.contiguous() for name, t in plain.parts.items() if name != "perm"}
+    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
+    weight = Weight(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
+    add_scales(weight, parts, spec)
+    return parts, weight
+
+
+def add_scales(weight: Weight, parts: dict[str, Tensor], spec: Spec) -> None:
+    """Scales and zero points in `parts` [N, G] -> [blocks, G, 16] there, and into `weight`, whose n and k are set."""
+    n, k = weight.n, weight.k
+    weight.group, weight.scale_rows = k if spec.group == -1 else spec.group, scale_rows(spec, n)
+    for name in ("scales", "zeros"):
+        if name in parts and weight.scale_rows == 1:
+            parts[name] = _by_block(parts[name].reshape(n, -1))
+    weight.scales = parts["scales"].data_ptr()
+    weight.scale_dtype = _E8M0 if spec.scale == "e8m0" else DTYPES[parts["scales"].dtype]
+    if "zeros" in parts:
+        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), DTYPES[parts["zeros"].dtype]
+    if spec.two_level:
+        _second_level(weight, parts, spec)
 
 
 def scale_rows(spec: Spec, n: int) -> int:
@@ -217,6 +227,11 @@ def _large_pages(size: int) -> Tensor:
     # What lies behind the last whole page stays on small ones, so that nothing is resident beyond the weight.
     memory.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
     return whole[start : start + size]
+
+
+def on_large_pages(t: Tensor) -> Tensor:
+    """A contiguous copy of `t`."""
+    return _large_pages(t.numel() * t.element_size()).view(t.dtype).view(t.shape).copy_(t)
 
 
 def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
@@ -271,6 +286,12 @@ def _table(q: QTensor) -> Tensor | None:
     return torch.cat([found, torch.zeros(256 - found.numel(), dtype=torch.bfloat16)])
 
 
+def scales_as_given(parts: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
+    """The inverse of `add_scales`, up to the shapes: scales and zero points [N, G]."""
+    blocks = {name: parts[name] for name in ("scales", "zeros") if name in parts and weight.scale_rows == 1}
+    return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[: weight.n] for name, t in blocks.items()}}
+
+
 def _by_block(t: Tensor) -> Tensor:
     """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
     n, groups = t.shape
@@ -279,11 +300,11 @@ def _by_block(t: Tensor) -> Tensor:
     return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
 
 
-def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
+def _second_level(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
     level = spec.two_level
     assert level is not None
     weight.per_super = level[1]
-    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), _DTYPES[parts["super_scales"].dtype]
+    weight.supers, weight.super_dtype = parts["super_scales"].data_ptr(), DTYPES[parts["super_scales"].dtype]
     if "scale_table" in parts:
         weight.scale_table = parts["scale_table"].data_ptr()
     if "scale_offset" in parts:

@@ -115,6 +115,16 @@ inline void store(void* p, int64_t i, int32_t dtype, float v) {
   }
 }
 
+// A product that is rounded before anything is added to it, whatever the compiler may fuse.
+inline float rounded(float product) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__) && defined(__GNUC__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
 // Scales and zero points of 16 rows in one group, as float32.
 inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, float* zero) {
   const int64_t groups = w.groups();
@@ -124,7 +134,7 @@ inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, floa
     if (w.supers) {
       if (w.scale_table) s = w.scale_table[static_cast<int>(s)];
       const int64_t row = std::min(nb * ROWS + r, w.n - 1);
-      s = s * load(w.supers, (row * groups + g) / w.per_super, w.super_dtype) + w.scale_offset;
+      s = rounded(s * load(w.supers, (row * groups + g) / w.per_super, w.super_dtype)) + w.scale_offset;
     }
     scale[r] = s;
     zero[r] = w.zeros ? load(w.zeros, at, w.zero_dtype) : w.zero;
