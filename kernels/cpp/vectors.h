@@ -3,36 +3,35 @@
 
 namespace bitsmith::BITSMITH_FLOATS {
 
+template <class Code>
+void copy_codes(const void* row, int64_t c0, int64_t count, uint32_t* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<const Code*>(row)[c0 + i];
+}
+
 // Codes c0 .. c0 + count - 1 of a row's bit stream.
 inline void read_codes(const uint32_t* row, int64_t words, int width, int64_t c0, int64_t count, uint32_t* out) {
-  if (width == 16) {
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + c0;
-    for (int64_t i = 0; i < count; ++i) out[i] = from[i];
-    return;
-  }
-  const uint32_t mask = width == 32 ? ~0u : (1u << width) - 1;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (c0 + i) * width, word = at / 32;
+  if (width == 8) return copy_codes<uint8_t>(row, c0, count, out);
+  if (width == 16) return copy_codes<uint16_t>(row, c0, count, out);
+  if (width == 32) return copy_codes<uint32_t>(row, c0, count, out);
+  for (int64_t i = 0, at = c0 * width; i < count; ++i, at += width) {
+    const int64_t word = at / 32;
     const uint64_t two = row[word] | static_cast<uint64_t>(row[std::min(word + 1, words - 1)]) << 32;
-    out[i] = static_cast<uint32_t>(two >> (at % 32)) & mask;
+    out[i] = static_cast<uint32_t>(two >> (at % 32)) & ((1u << width) - 1);
   }
 }
 
-// Eight inputs of one output, 8 / VEC codes.
-template <int VEC, int DTYPE>
-BITSMITH_TARGET inline void octet(const Source& s, const uint32_t* codes, V (&out)[8 / LANES]) {
-  const uint32_t mask = (uint64_t{1} << s.w.bits) - 1;
+// Eight inputs of each of LANES outputs, whose codes lie `PANEL / VEC` apart, from the table of one book.
+template <int VEC, int DTYPE, bool FIRST>
+BITSMITH_TARGET inline void entries(const void* table, const uint32_t* codes, int down, uint32_t mask, V (&out)[8 / LANES][LANES]) {
   using Entry = std::conditional_t<DTYPE == F32, float, uint16_t>;
-  const Entry* table = static_cast<const Entry*>(s.table);
-  for (int32_t book = 0; book < s.books; ++book, table += static_cast<int64_t>(VEC) << s.w.bits) {
+#pragma GCC unroll 8
+  for (int r = 0; r < LANES; ++r, codes += PANEL / VEC) {
     Entry found[8];
-    for (int i = 0; i < 8 / VEC; ++i) {
-      const int64_t at = (codes[i] >> (book * s.w.bits)) & mask;
-      std::memcpy(found + i * VEC, table + at * VEC, VEC * sizeof(Entry));
-    }
+    for (int i = 0; i < 8 / VEC; ++i)
+      std::memcpy(found + i * VEC, static_cast<const Entry*>(table) + static_cast<int64_t>(codes[i] >> down & mask) * VEC, VEC * sizeof(Entry));
     for (int i = 0; i < 8 / LANES; ++i) {
       const V v = numbers(found, i * LANES, DTYPE);
-      out[i] = book ? out[i] + v : v;
+      out[i][r] = FIRST ? v : out[i][r] + v;
     }
   }
 }
@@ -69,27 +68,29 @@ BITSMITH_TARGET inline void transpose(V (&v)[LANES]) {
 
 template <int VEC, int DTYPE>
 BITSMITH_TARGET void vectors(const Source& s, int64_t nb, int64_t k0, int64_t count, float* panel) {
-  constexpr int64_t MOST = PANEL / VEC;
+  const int bits = s.w.bits, books = s.books;
+  const uint32_t mask = (uint64_t{1} << bits) - 1;
   const int64_t octets = (count + 7) / 8, have = std::min(octets * (8 / VEC), (s.w.k + VEC - 1) / VEC - k0 / VEC);
+  const int64_t book_bytes = (VEC * (DTYPE == F32 ? 4 : 2)) << bits;
   // Codes beyond the last input are those of a value that nobody multiplies.
-  uint32_t codes[ROWS][MOST] = {};
+  uint32_t codes[ROWS][PANEL / VEC] = {};
   for (int64_t r = 0; r < ROWS; ++r) {
     const uint32_t* row = reinterpret_cast<const uint32_t*>(s.w.codes) + std::min(nb * ROWS + r, s.w.n - 1) * s.words;
-    read_codes(row, s.words, s.w.bits * s.books, k0 / VEC, have, codes[r]);
+    read_codes(row, s.words, bits * books, k0 / VEC, have, codes[r]);
   }
-  Scales scales(s.w, nb);
+  Scales scales(s.w, nb, k0);
   for (int64_t o = 0; o < octets; ++o, panel += 8 * ROWS) {
     scales.at(k0 + o * 8);
+#pragma GCC unroll 4
     for (int p = 0; p < PARTS; ++p) {
-      V columns[8 / LANES][LANES];
-      for (int r = 0; r < LANES; ++r) {
-        V row[8 / LANES];
-        octet<VEC, DTYPE>(s, codes[p * LANES + r] + o * (8 / VEC), row);
-        for (int i = 0; i < 8 / LANES; ++i) columns[i][r] = row[i];
-      }
+      const uint32_t* from = codes[p * LANES] + o * (8 / VEC);
+      const char* table = static_cast<const char*>(s.table);
+      V out[8 / LANES][LANES];
+      entries<VEC, DTYPE, true>(table, from, 0, mask, out);
+      for (int book = 1; book < books; ++book) entries<VEC, DTYPE, false>(table += book_bytes, from, book * bits, mask, out);
       for (int i = 0; i < 8 / LANES; ++i) {
-        transpose(columns[i]);
-        for (int j = 0; j < LANES; ++j) put(panel + (i * LANES + j) * ROWS + p * LANES, columns[i][j] * scales.scale[p]);
+        transpose(out[i]);
+        for (int j = 0; j < LANES; ++j) put(panel + (i * LANES + j) * ROWS + p * LANES, out[i][j] * scales.scale[p]);
       }
     }
   }
