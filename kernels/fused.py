@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
-"""The small steps between the products of a decoder layer, one launch each instead of four to eight: RMS norm (with the
-residual added before it), rotary embedding of q and k, gated activation.
+"""The small steps between the products of a decoder layer, one launch each instead of four to eight: RMS norm, rotary
+embedding of q and k, gated activation.
 
-  x, residual, y   16-bit float | float32 [.., W], last dimension contiguous; any strides before (a slice of a merged
+  x, y             16-bit float | float32 [.., W], last dimension contiguous; any strides before (a slice of a merged
                    q/k/v product is read in place); results contiguous
   weight           [W]           cos, sin  [T, R], R <= D rotary dimensions, both halves filled as transformers does
 
@@ -11,7 +11,9 @@ otherwise be another model's: `form` of a norm says which of the three in use it
 
     llama  weight * round(x / rms)         gemma  round((x / rms) * (1 + weight))         float  round(weight * x / rms)
 
-The torch twins below are the oracle, and what runs on other devices. Left out: LayerNorm, exact (erf) GELU, gradients.
+One launch on a GPU; on a CPU one call of the native library (native_layer.py) in bfloat16, and the torch twins below
+otherwise, which are the oracle of both. Left out: LayerNorm, exact (erf) GELU, the residual's sum (results/LOG.md),
+gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import native_layer, ops
 from .cases import Case, Target, Weight
 from .lang import EXACT, interpreted, jit, tl
 from .plans import power_of_two
@@ -33,24 +35,15 @@ _GATED_BLOCK = 1024
 
 @jit(do_not_specialize=["M"])
 def norm_kernel(
-    x, residual, weight, y, total, M, INNER, outer_stride, inner_stride, outer_residual, inner_residual, eps,
+    x, weight, y, M, INNER, outer_stride, inner_stride, eps,
     W: tl.constexpr, FORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row r of M is x[r // INNER, r % INNER]. `residual` and `total` (their sum, [M, W]) may be None. Grid
-    (ceil(M / ROWS),)."""
+    """Row r of M is x[r // INNER, r % INNER]. Grid (ceil(M / ROWS),)."""
     r = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     c = tl.arange(0, BLOCK)
     inside = (r < M)[:, None] & (c < W)[None, :]
     at = (r // INNER * outer_stride + r % INNER * inner_stride)[:, None] + c[None, :]
     h = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    out = r[:, None] * W + c[None, :]
-    if residual is not None:
-        at = (r // INNER * outer_residual + r % INNER * inner_residual)[:, None] + c[None, :]
-        h += tl.load(residual + at, mask=inside, other=0).to(tl.float32)
-        # The model's residual stream is in its own dtype.
-        rounded = h.to(total.dtype.element_ty)
-        tl.store(total + out, rounded, mask=inside)
-        h = rounded.to(tl.float32)
     h *= tl.rsqrt(tl.sum(h * h, 1) / W + eps)[:, None]
     w = tl.load(weight + c, mask=c < W, other=0).to(tl.float32)[None, :]
     if FORM == "llama":
@@ -59,7 +52,7 @@ def norm_kernel(
         h = h * (1.0 + w)
     else:
         h = h * w
-    tl.store(y + out, h.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + r[:, None] * W + c[None, :], h.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -156,37 +149,31 @@ def _norm_options(width: int) -> dict[str, Any]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4 if block <= 4096 else 8, **EXACT}
 
 
-def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
+def _launch_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = y if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not x.numel():
-        return y, total
-    rows, width = _rows(x), x.shape[-1]
-    more = rows if residual is None else _rows(residual)
-    options = _norm_options(width)
-    count = rows.shape[0] * rows.shape[1]
-    norm_kernel[(-(-count // options["ROWS"]),)](
-        rows, None if residual is None else more, weight.contiguous(), y, None if residual is None else total,
-        count, rows.shape[1], *rows.stride()[:2], *more.stride()[:2], eps, width, form, **options,
-    )  # fmt: skip
-    return y, total
+    if x.numel():
+        rows, width = _rows(x), x.shape[-1]
+        options = _norm_options(width)
+        count = rows.shape[0] * rows.shape[1]
+        norm_kernel[(-(-count // options["ROWS"]),)](
+            rows, weight.contiguous(), y, count, rows.shape[1], *rows.stride()[:2], eps, width, form, **options
+        )
+    return y
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     if _on_device(x):
-        return _launch_norm(x, None, weight, eps, form)[0]
+        return _launch_norm(x, weight, eps, form)
+    if native_layer.usable(x, weight):
+        return native_layer.norm(x, weight, eps, FORMS.index(form))
     return norm_twin(x, weight, eps, form).contiguous()
-
-
-def _add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, form: str) -> tuple[Tensor, Tensor]:
-    if _on_device(x):
-        return _launch_norm(x, residual, weight, eps, form)
-    total = (x + residual).contiguous()
-    return norm_twin(total, weight, eps, form), total
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if not _on_device(q):
+        if native_layer.usable(q, k, cos, sin):
+            cos, sin = cos.contiguous(), sin.contiguous()
+            return native_layer.turn(q, cos, sin, interleaved), native_layer.turn(k, cos, sin, interleaved)
         a, b = rope_twin(q, k, cos, sin, interleaved)
         return a.contiguous(), b.contiguous()
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -203,6 +190,8 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if not _on_device(gate):
+        if native_layer.usable(gate, up):
+            return native_layer.gated(gate, up, ACTS.index(act))
         return gated_twin(gate, up, act).contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
@@ -223,13 +212,8 @@ def _two_like(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 
-# form: one of FORMS. add_rms_norm gives (norm of x + residual, x + residual).
+# form: one of FORMS.
 rms_norm = ops.define("rms_norm(Tensor x, Tensor weight, float eps, str form) -> Tensor", _norm, _like)
-add_rms_norm = ops.define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, str form) -> (Tensor, Tensor)",
-    _add_norm,
-    _two_like,
-)
 # q [T, HQ, D], k [T, HK, D], cos and sin [T, R]; interleaved: a pair is two neighbours, not two halves.
 rope = ops.define(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)", _rope, _two_like
@@ -239,13 +223,11 @@ gated = ops.define("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _
 
 
 def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
-    """A 4096-wide norm of each form, one with a residual, a q norm; rotary of 32 + 8 heads of 128; both activations."""
+    """A 4096-wide norm of each form and a q norm; rotary of 32 + 8 heads of 128; both activations."""
     p = f"*{target.dtype}"
-    strides = dict.fromkeys(("INNER", "outer_stride", "inner_stride", "outer_residual", "inner_residual"), "i32")
-    plain = {"x": p, "residual": None, "weight": p, "y": p, "total": None, "M": "i32", **strides, "eps": "fp32"}
-    norms = [(form, form, 4096, plain) for form in FORMS]
-    norms += [("llama+residual", "llama", 4096, {**plain, "residual": p, "total": p}), ("head", "llama", 128, plain)]
-    for name, form, width, arguments in norms:
+    arguments = {"x": p, "weight": p, "y": p, "M": "i32", "INNER": "i32", "outer_stride": "i32", "inner_stride": "i32"}
+    arguments["eps"] = "fp32"
+    for name, form, width in (*((form, form, 4096) for form in FORMS), ("head", "llama", 128)):
         options = _norm_options(width)
         tile = {"ROWS": options.pop("ROWS"), "BLOCK": options.pop("BLOCK"), "W": width, "FORM": form}
         yield Case("rms_norm", 1, name, "fused", norm_kernel, arguments, tile, options, target.dtype)

@@ -19,7 +19,7 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import bits
+from . import bits, ops
 from .families import family
 from .pieces import straighten
 from .qtensor import QTensor
@@ -42,7 +42,7 @@ _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 2
+_ABI = 4
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 
@@ -58,6 +58,9 @@ class Weight(ctypes.Structure):
     )
 
 
+_ADDRESSES = tuple(name for name, kind in Weight._fields_ if kind is ctypes.c_void_p)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or None where the package was built without a compiler."""
@@ -71,8 +74,9 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
+    lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
+    lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
     lib.bitsmith_floats.argtypes = lib.bitsmith_linear.argtypes
-    lib.bitsmith_pack.argtypes = lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     for name in ("linear", "floats", "pack", "unpack"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
@@ -98,6 +102,15 @@ class NativeLinear:
     _weight: Weight = field(repr=False)
     # Derived, small: kept alive for `_weight`.
     _values: Tensor | None = field(default=None, repr=False)
+    # What `linear` takes.
+    _header: Tensor = field(init=False, repr=False)
+    _tensors: list[Tensor | None] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        held = [*self.parts.values(), *([] if self._values is None else [self._values])]
+        header, tensors = operands(self._weight, held)
+        object.__setattr__(self, "_header", header)
+        object.__setattr__(self, "_tensors", tensors)
 
     @property
     def name(self) -> str:
@@ -112,14 +125,9 @@ class NativeLinear:
 
         path: one of PATHS, for tests and measurements; the best of this machine if empty.
         """
-        y = torch.empty(x.shape[0], self.shape[0], dtype=x.dtype)
-        dtype = DTYPES[x.dtype]
-        lib = library()
-        assert lib is not None
-        lib.bitsmith_linear(
-            ctypes.byref(self._weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype,
-            torch.get_num_threads(), PATHS.index(path) if path else -1,
-        )  # fmt: skip
+        if path:
+            return _linear(x, self._header, self._tensors, self.shape[0], PATHS.index(path))
+        y: Tensor = linear(x, self._header, self._tensors, self.shape[0])
         return y
 
     def qtensor(self) -> QTensor:
@@ -128,6 +136,40 @@ class NativeLinear:
         found["codes"] = unpack_codes(found["codes"], *self.shape, self.spec.bits)
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
+
+
+def operands(weight: Weight, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """What `linear` takes for `weight`: its bytes, and for each address in it the one of `tensors` that lies there."""
+    at = {t.data_ptr(): t for t in tensors}
+    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in _ADDRESSES]
+    # A None costs a fifth of a microsecond a call.
+    while found[-1] is None:
+        found.pop()
+    return torch.frombuffer(bytearray(weight), dtype=torch.uint8), found
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
+    # The addresses of these tensors, not of those that were packed: a traced graph may have moved them.
+    weight = Weight.from_buffer_copy(Weight.from_address(header.data_ptr()))
+    for name, tensor in zip(_ADDRESSES, tensors, strict=False):
+        if tensor is not None:
+            setattr(weight, name, tensor.data_ptr())
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    dtype = DTYPES[x.dtype]
+    lib = library()
+    assert lib is not None
+    lib.bitsmith_linear(
+        ctypes.byref(weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype, torch.get_num_threads(), path
+    )
+    return y
+
+
+def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+# x [M, K] contiguous, columns in packed order; header and tensors from `operands` -> [M, n] in x's dtype.
+linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
 
 
 def supports(q: QTensor) -> bool:
@@ -203,13 +245,13 @@ def scale_rows(spec: Spec, n: int) -> int:
 
 
 def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
-    """Dense bit stream int32 [n, words] -> uint8 codes of cpp/common.h."""
+    """Dense bit stream int32 [n, words], of any strides -> uint8 codes of cpp/common.h."""
     lib = library()
     assert lib is not None
     out = _large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
-    stream = stream.reshape(n, -1).contiguous()
+    stream = stream.reshape(n, -1)
     assert stream.shape[1] == bits.words(k, width)
-    lib.bitsmith_pack(stream.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
+    lib.bitsmith_pack(stream.data_ptr(), *stream.stride(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
 
 

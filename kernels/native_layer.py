@@ -1,17 +1,18 @@
 """The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation and decode attention,
 in bfloat16 with float32 inside.
 
-One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. Other
-dtypes and devices take the torch twins of kernels/fused.py and kernels/attention.py, which are the oracle.
+One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
+operators of kernels/fused.py take them where `usable`; their torch twins are the oracle.
 """
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import fused, native
+from . import native, ops
 
 LARGEST_KEY_DIM = 256
 
@@ -33,7 +34,7 @@ def _library() -> ctypes.CDLL | None:
     if lib is None:
         return None
     p, size, number, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    lib.bitsmith_norm.argtypes = [p, p, p, p, p, size, size, size, p, real, number, number]
+    lib.bitsmith_norm.argtypes = [p, p, p, size, size, size, size, size, real, number, number]
     lib.bitsmith_gated.argtypes = [p, p, p, size, size, size, size, number, number]
     lib.bitsmith_rope.argtypes = [p, p, p, p, size, size, size, size, size, size, number, number]
     lib.bitsmith_attend.argtypes = [p, number, number]
@@ -48,49 +49,36 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def _strange(t: Tensor) -> bool:
-    return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or t.is_cuda
+    return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or not t.is_cpu
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
-    """As kernels/fused.py's rms_norm: x [.., W], weight [W]."""
-    if not usable(x, weight):
-        return fused.norm_twin(x, weight, eps, form)
+def norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
+    """x [.., W], weight [W], both `usable`; form: its place in fused.FORMS -> x's shape, contiguous."""
     lib = _library()
     assert lib is not None
     y = torch.empty(x.shape, dtype=x.dtype)
     rows = _matrix(x)
-    strides = (ctypes.c_int64 * 4)(rows.stride(0), rows.stride(1), 0, 0)
     lib.bitsmith_norm(
-        rows.data_ptr(), None, weight.data_ptr(), y.data_ptr(), None, rows.shape[0] * rows.shape[1], x.shape[-1],
-        rows.shape[1], strides, eps, fused.FORMS.index(form), torch.get_num_threads(),
+        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.shape[0] * rows.shape[1], x.shape[-1], rows.shape[1],
+        rows.stride(0), rows.stride(1), eps, form, torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    """As kernels/fused.py's gated: act(gate) * up, [.., W]."""
-    if not usable(gate, up):
-        return fused.gated_twin(gate, up, act)
+def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
+    """gate and up [.., W], both `usable`; act: its place in fused.ACTS -> [.., W], contiguous."""
     lib = _library()
     assert lib is not None
     y = torch.empty(gate.shape, dtype=gate.dtype)
     a, b = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
     lib.bitsmith_gated(
-        a.data_ptr(), b.data_ptr(), y.data_ptr(), *a.shape, a.stride(0), b.stride(0), fused.ACTS.index(act),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        a.data_ptr(), b.data_ptr(), y.data_ptr(), *a.shape, a.stride(0), b.stride(0), act, torch.get_num_threads()
+    )
     return y
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """As kernels/fused.py's rope: q [T, HQ, D], k [T, HK, D], cos and sin [T, R]."""
-    if not usable(q, k, cos, sin):
-        return fused.rope_twin(q, k, cos, sin, interleaved)
-    cos, sin = cos.contiguous(), sin.contiguous()
-    return _turn(q, cos, sin, interleaved), _turn(k, cos, sin, interleaved)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotary embedding of one of q and k: x [T, H, D], `usable`; cos and sin [T, R], contiguous."""
     lib = _library()
     assert lib is not None
     y = torch.empty(x.shape, dtype=x.dtype)
@@ -106,21 +94,10 @@ def _matrix(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_table: Tensor,
-    context_len: Tensor,
-    block_size: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    plain: bool = False,
-) -> Tensor:
-    """Decode rows: q [B, H, D], heads dense; caches [slots, Hkv, D or Dv]; int32 [B, P] and [B]; sinks float32 [H]
-    -> [B, H, Dv]. D at most LARGEST_KEY_DIM. plain: the loops of any processor, for tests."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int, scale: float,
+    window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
+) -> Tensor:  # fmt: skip
     lib = _library()
     assert lib is not None
     rows, heads, _ = q.shape
@@ -133,3 +110,17 @@ def attend(
     )  # fmt: skip
     lib.bitsmith_attend(ctypes.byref(what), torch.get_num_threads(), plain)
     return out
+
+
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+# Decode rows: q [B, H, D], heads dense; caches [slots, Hkv, D or Dv]; int32 [B, P] and [B], contiguous; sinks float32
+# [H] -> [B, H, Dv]. D at most LARGEST_KEY_DIM. plain: the loops of any processor, for tests.
+attend = ops.define(
+    "native_attend(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_len, int block_size, float scale, "
+    "int? window, float? softcap, Tensor? sinks, bool plain=False) -> Tensor",
+    _attend,
+    _attend_fake,
+)

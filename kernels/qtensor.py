@@ -152,8 +152,15 @@ def concat(tensors: Sequence[QTensor]) -> QTensor:
         raise ValueError("cannot stack " + ", ".join(f"{t.spec} {t.shape}" for t in tensors))
     first = tensors[0]
     rows = _row_parts(first.spec)
-    parts = {k: torch.cat([t.parts[k] for t in tensors]) if k in rows else v for k, v in first.parts.items()}
+    parts = {k: _stack([t.parts[k] for t in tensors]) if k in rows else v for k, v in first.parts.items()}
     return QTensor(first.spec, (sum(t.shape[0] for t in tensors), first.shape[1]), parts)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension, keeping the order in memory of matrices that lie transposed (GPTQ's codes)."""
+    if parts[0].dim() == 2 and parts[0].stride(0) == 1 != parts[0].stride(1):
+        return torch.cat([p.T for p in parts], 1).T
+    return torch.cat(list(parts))
 
 
 def matrix_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ might be, and replaced only where the two agree. So an architecture nobody thoug
 that looks the same but is not (a scaled norm, a clamped gate) stays as it is. Replaced is the `forward` of the
 instance: class, parameters and names stay, and other models in the process are untouched.
 
-`STEPS` has a row per device type; a device without one keeps the model as it is.
+A device type that is not one of `DEVICES` keeps the model as it is.
 """
 
 import inspect
@@ -14,7 +14,6 @@ import itertools
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,50 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import fused, native_layer
+from ..kernels import fused
 
 # What code that was not written for our probe may raise.
 _REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
 _LARGEST_EPS = 1e-2
 
 
-@dataclass(frozen=True)
-class Steps:
-    """The fused functions of one device type, with the signatures of kernels/fused.py's operators. None: leave that
-    step as the model has it."""
-
-    # (x, weight, eps, form) -> y
-    norm: Callable[[Tensor, Tensor, float, str], Tensor] | None = None
-    # (q [T, HQ, D], k [T, HK, D], cos [T, R], sin [T, R], interleaved) -> (q, k)
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None = None
-    # (gate, up, act) -> y
-    gated: Callable[[Tensor, Tensor, str], Tensor] | None = None
-
-
-STEPS: dict[str, Steps] = {
-    "cuda": Steps(fused.rms_norm, fused.rope, fused.gated),
-    "cpu": Steps(native_layer.rms_norm, native_layer.rope, native_layer.gated),
-}
+# Where kernels/fused.py has more than the torch twins.
+DEVICES = ("cpu", "cuda")
 
 
 @torch.no_grad()
 def fuse(model: nn.Module, device: torch.device) -> Counter[str]:
-    """Replace what `STEPS` has for the device; returns how many of each kind ("norm", "rope", "gated").
+    """Replace what kernels/fused.py computes; returns how many of each kind ("norm", "rope", "gated").
 
     Call it on a filled model, on its device, after its linears are final. Random input is drawn from a generator of its
     own, so no other random number changes.
     """
-    steps, found = STEPS.get(device.type), Counter[str]()
-    if steps is None:
+    found = Counter[str]()
+    if device.type not in DEVICES:
         return found
-    kinds: tuple[tuple[str, Any, Callable[..., bool]], ...] = (
-        ("norm", steps.norm, _norm),
-        ("gated", steps.gated, _gated),
-        ("rope", steps.rope, _rope),
-    )
+    kinds = (("norm", _norm), ("gated", _gated), ("rope", _rope))
     for module in model.modules():
-        for kind, step, try_one in kinds:
-            if step is not None and try_one(module, step, device):
+        for kind, try_one in kinds:
+            if try_one(module, device):
                 found[kind] += 1
                 break
     return found
@@ -111,7 +91,7 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     return len(inspect.signature(function).parameters) == count
 
 
-def _norm(module: nn.Module, step: Callable[..., Tensor], device: torch.device) -> bool:
+def _norm(module: nn.Module, device: torch.device) -> bool:
     """A module with one vector for a parameter and nothing else."""
     own, held = list(module.parameters()), [*module.children(), *module.buffers()]
     if len(own) != 1 or own[0].dim() != 1 or held:
@@ -126,8 +106,8 @@ def _norm(module: nn.Module, step: Callable[..., Tensor], device: torch.device) 
         x = (_random((3, weight.shape[0]), torch.float32, torch.device("cpu")) * size).to(weight.dtype).to(device)
         wanted = _run(module.forward, x)
         for form in _closest_first(wanted, x, weight, eps):
-            if _agree(step(x, weight, eps, form), wanted):
-                module.forward = partial(_norm_forward, step, weight, eps, form)
+            if _agree(fused.rms_norm(x, weight, eps, form), wanted):
+                module.forward = partial(_norm_forward, weight, eps, form)
                 return True
     return False
 
@@ -139,17 +119,18 @@ def _closest_first(wanted: Any, x: Tensor, weight: Tensor, eps: float) -> list[s
     return sorted(fitting, key=lambda form: float((twins[form].float() - wanted.float()).abs().sum()))
 
 
-def _norm_forward(step: Callable[..., Tensor], weight: Tensor, eps: float, form: str, x: Tensor) -> Tensor:
-    return step(x, weight, eps, form)
+def _norm_forward(weight: Tensor, eps: float, form: str, x: Tensor) -> Tensor:
+    y: Tensor = fused.rms_norm(x, weight, eps, form)
+    return y
 
 
 _ACTS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-def _gated(module: nn.Module, step: Callable[..., Tensor], device: torch.device) -> bool:
+def _gated(module: nn.Module, device: torch.device) -> bool:
     """down(act(gate(x)) * up(x)), gate and up being two linears or the halves of one; or an experts module's gate."""
     if _takes_gate(module):
-        return _experts_gate(module, step, device)
+        return _experts_gate(module, device)
     linears: list[Any] = [m for m in module.children() if hasattr(m, "in_features") and hasattr(m, "out_features")]
     if len(linears) not in (2, 3) or not _takes(module.forward, 1):
         return False
@@ -160,7 +141,7 @@ def _gated(module: nn.Module, step: Callable[..., Tensor], device: torch.device)
             continue
         for act, function in _ACTS.items():
             if _identical(_run(down, function(halves[0]) * halves[1]), wanted):
-                module.forward = partial(_gated_forward, step, pieces, down, act)
+                module.forward = partial(_gated_forward, pieces, down, act)
                 return True
     return False
 
@@ -196,14 +177,8 @@ def _halves(merged: nn.Module, gate_last: bool, x: Tensor) -> tuple[Tensor, Tens
     return (b, a) if gate_last else (a, b)
 
 
-def _gated_forward(
-    step: Callable[..., Tensor],
-    pieces: Callable[[Tensor], tuple[Tensor, Tensor]],
-    down: nn.Module,
-    act: str,
-    x: Tensor,
-) -> Tensor:
-    y: Tensor = down(step(*pieces(x), act))
+def _gated_forward(pieces: Callable[[Tensor], tuple[Tensor, Tensor]], down: nn.Module, act: str, x: Tensor) -> Tensor:
+    y: Tensor = down(fused.gated(*pieces(x), act))
     return y
 
 
@@ -211,22 +186,23 @@ def _takes_gate(module: nn.Module) -> bool:
     return hasattr(module, "_apply_gate") and getattr(module, "has_gate", False)
 
 
-def _experts_gate(module: nn.Module, step: Callable[..., Tensor], device: torch.device) -> bool:
+def _experts_gate(module: nn.Module, device: torch.device) -> bool:
     x = _rows(32, torch.float32, device)
     wanted = _run(module._apply_gate, x)  # type: ignore[arg-type]
     a, b = x.chunk(2, -1)
     for act, function in _ACTS.items():
         if _identical(wanted, function(a) * b):
-            module._apply_gate = partial(_gate_halves, step, act)  # type: ignore[assignment]
+            module._apply_gate = partial(_gate_halves, act)  # type: ignore[assignment]
             return True
     return False
 
 
-def _gate_halves(step: Callable[..., Tensor], act: str, gate_up: Tensor) -> Tensor:
-    return step(*gate_up.chunk(2, -1), act)
+def _gate_halves(act: str, gate_up: Tensor) -> Tensor:
+    y: Tensor = fused.gated(*gate_up.chunk(2, -1), act)
+    return y
 
 
-def _rope(module: nn.Module, step: Callable[..., Any], device: torch.device) -> bool:
+def _rope(module: nn.Module, device: torch.device) -> bool:
     """A forward that calls a function of its file that turns q and k [B, H, T, D] by cos and sin [B, T, D]."""
     forward = type(module).forward
     if not isinstance(forward, types.FunctionType) or "forward" in vars(module) or hasattr(forward, "__wrapped__"):
@@ -236,12 +212,13 @@ def _rope(module: nn.Module, step: Callable[..., Any], device: torch.device) -> 
         if not isinstance(function, types.FunctionType) or _required(function) != 4:
             continue
         for interleaved in (False, True):
-            if _turns(function, step, interleaved, device):
-                turn = partial(_rope_call, step, function, interleaved)
+            if _turns(function, interleaved, device):
+                around = forward.__globals__ | {name: partial(_rope_call, function, interleaved)}
+                # torch.compile would look names up in the module that a function's globals name, past ours.
+                around.pop("__name__", None)
                 patched = types.FunctionType(
-                    forward.__code__, forward.__globals__ | {name: turn}, forward.__name__, forward.__defaults__,
-                    forward.__closure__,
-                )  # fmt: skip
+                    forward.__code__, around, forward.__name__, forward.__defaults__, forward.__closure__
+                )
                 patched.__kwdefaults__ = forward.__kwdefaults__
                 module.forward = types.MethodType(patched, module)
                 return True
@@ -253,14 +230,14 @@ def _required(function: Callable[..., Any]) -> int:
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
-def _turns(function: Callable[..., Any], step: Callable[..., Any], interleaved: bool, device: torch.device) -> bool:
+def _turns(function: Callable[..., Any], interleaved: bool, device: torch.device) -> bool:
     q, k = _random((1, 3, 5, 8), torch.float32, device), _random((1, 2, 5, 8), torch.float32, device)
     angle = _random((1, 5, 4), torch.float32, device)
     angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
     wanted = _run(function, q, k, angle.cos(), angle.sin())
     if not isinstance(wanted, tuple) or len(wanted) != 2:
         return False
-    found = _rope_call(step, function, interleaved, q, k, angle.cos(), angle.sin())
+    found = _rope_call(function, interleaved, q, k, angle.cos(), angle.sin())
     return all(
         isinstance(a, Tensor) and a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-5)
         for a, b in zip(wanted, found, strict=True)
@@ -268,7 +245,6 @@ def _turns(function: Callable[..., Any], step: Callable[..., Any], interleaved: 
 
 
 def _rope_call(
-    step: Callable[..., Any],
     original: Callable[..., Any],
     interleaved: bool,
     q: Tensor,
@@ -284,6 +260,6 @@ def _rope_call(
         return found
     batch, _, tokens, _ = q.shape
     turns = (t.expand(batch, -1, -1).reshape(batch * tokens, -1) for t in (cos, sin))
-    turned = step(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k)), *turns, interleaved)
+    turned = fused.rope(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k)), *turns, interleaved)
     a, b = (t.unflatten(0, (batch, tokens)).transpose(1, 2) for t in turned)
     return a, b

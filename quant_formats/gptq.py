@@ -100,7 +100,8 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
     qweight = sized(read, f"{name}.qweight", (bits.words(k, spec.bits), n))
     qzeros = sized(read, f"{name}.qzeros", (groups, bits.words(n, spec.bits)))
     scales = sized(read, f"{name}.scales", (groups, n))
-    parts = {"codes": qweight.T.contiguous(), "scales": scales.T.contiguous()}
+    # Codes as they lie in the file: what packs them for a device reads them in that order.
+    parts = {"codes": qweight.T, "scales": scales.T.contiguous()}
     zeros = _zeros(qzeros, spec.bits, n, recipe)
     if spec.zero == "asym" or bool((zeros != 1 << (spec.bits - 1)).any()):
         parts["zeros"] = zeros.T.contiguous()

@@ -229,7 +229,11 @@ def test_resident_bytes() -> None:
     for text, bound in bounds.items():
         q = random_qtensor(f"affine4.{text}", (64, 1024))
         assert prepare(q, torch.bfloat16).nbytes <= bound * q.nbytes, text
-    for text, bound in (("affine8.g128.sym", 1.06), ("affine8.channel.sym", 1.04), ("affine8.channel.sym.a8", 1.01)):
+    for text, bound in (
+        ("affine8.g128.sym", 1.06),
+        ("affine8.channel.sym", 1.04),
+        ("affine8.channel.sym.a8", 1.01 if W8A8 == "int8" else 1.04),
+    ):
         q = random_qtensor(text, (64, 1024))
         assert prepare(q, torch.bfloat16).nbytes <= bound * q.nbytes, text
     for text in LOOKED_UP:
@@ -286,17 +290,22 @@ def test_every_layout_decodes(layout: probe.Int4Layout, text: str, monkeypatch: 
     assert identical(product.qtensor(), q)
 
 
+# What W8A8 becomes here: without VNNI oneDNN's uint8 x int8 product saturates and is refused.
+W8A8 = "int8" if probe.int8_linear() else "a8+int4pack"
+
+
 def test_w8a8_is_the_rounded_product() -> None:
     q = random_qtensor("affine8.channel.sym.a8", (48, 160))
     product = prepare(q, torch.bfloat16)
-    assert product.name == "int8"
+    assert product.name == W8A8
     exact = prepare(q, torch.bfloat16, exact=True)
     assert exact.name == "a8+reference"
     for m in ROWS:
         x = torch.randn(m, 160).to(torch.bfloat16)
         y = product(x)
-        # The integers are exact: only y's own rounding is left. Rounding activations to 255 steps costs 1e-2.
-        assert probe.relative_error(y, exact(x.float())) < 2.5e-3
+        # The integers are exact: only y's own rounding is left (otherwise a bfloat16 product's). Rounding activations
+        # to 255 steps costs 1e-2.
+        assert probe.relative_error(y, exact(x.float())) < (2.5e-3 if W8A8 == "int8" else BOUND)
         assert 3e-3 < probe.relative_error(y, x.float() @ q.dequantize().T) < 1.5e-2
     assert not product(torch.zeros(2, 160, dtype=torch.bfloat16)).any()
     assert identical(product.qtensor(), q)
@@ -305,7 +314,7 @@ def test_w8a8_is_the_rounded_product() -> None:
 def test_int8_activations_only_where_asked() -> None:
     q = random_qtensor("affine8.channel.sym", (48, 256))
     assert prepare(q, torch.bfloat16).name == "int4pack"
-    assert prepare(q, torch.bfloat16, act="a8").name == "int8"
+    assert prepare(q, torch.bfloat16, act="a8").name == W8A8
     grouped = random_qtensor("affine4.g64.asym.perm", (48, 256))
     product = prepare(grouped, torch.bfloat16, act="a8")
     assert product.name == "a8+int4pack" and identical(product.qtensor(), grouped)

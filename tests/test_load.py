@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsmith.calibrate.driver import quantize
 from bitsmith.errors import UserError
+from bitsmith.kernels import probe
 from bitsmith.models.inspect import inspect_checkpoint
 from bitsmith.models.linear import DenseLinear, QuantLinear, _Member, fuse_siblings
 from bitsmith.models.load import load_model, load_tokenizer
@@ -157,7 +158,8 @@ def test_int8_activations_where_asked(tiny: Callable[..., Path], tmp_path: Path)
     quantize(tiny("Llama"), tmp_path / "q", format="rtn", bits=8, group_size=-1, progress=False)
     model = load_model(tmp_path / "q", dtype="bfloat16", act="a8")
     names = {m.matmul.name.partition("[")[0] for m in model.modules() if isinstance(m, QuantLinear)}
-    assert names == {"int8"}, names
+    # Without VNNI oneDNN's product of int8 saturates and is refused; then tokens are rounded before any other product.
+    assert all(name == "int8" if probe.int8_linear() else name.startswith("a8+") for name in names), names
     with torch.no_grad():
         assert relative(model(IDS).logits.float(), load_model(tmp_path / "q", exact=True)(IDS).logits) < 0.1
     with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):

@@ -13,7 +13,6 @@ CASES: list[tuple[Any, tuple[Any, ...]]] = [
     (fused.rms_norm, (torch.randn(3, 16), torch.randn(16), 1e-5, "llama")),
     (fused.rms_norm, (torch.randn(16, 3).T, torch.randn(16), 1e-5, "gemma")),
     (fused.rms_norm, (torch.randn(2, 3, 4).bfloat16(), torch.randn(4).bfloat16(), 1e-5, "float")),
-    (fused.add_rms_norm, (torch.randn(3, 16), torch.randn(16, 3).T, torch.randn(16), 1e-5, "llama")),
     (fused.rope, (torch.randn(3, 4, 8), torch.randn(2, 3, 8).transpose(0, 1), COS, COS, False)),
     (fused.rope, (torch.randn(3, 4, 10), torch.randn(3, 1, 10), COS, COS, True)),
     (fused.gated, (torch.randn(3, 10)[:, ::2], torch.randn(3, 5), "silu")),

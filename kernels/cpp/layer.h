@@ -39,15 +39,9 @@ inline float exponential(float x) {
 
 enum Form : int32_t { LLAMA = 0, GEMMA = 1, FLOAT = 2 };
 
-// One row: total = x + residual (where there is one), y = norm(total). bfloat16.
-BITSMITH_CLONES inline void norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, uint16_t* y, uint16_t* total,
-                                 int64_t width, float eps, int32_t form) {
+// One row: y = norm(x). bfloat16.
+BITSMITH_CLONES inline void norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t width, float eps, int32_t form) {
   float sum = 0;
-  if (residual) {
-#pragma omp simd
-    for (int64_t i = 0; i < width; ++i) total[i] = narrow(bfloat_to_float(x[i]) + bfloat_to_float(residual[i]));
-    x = total;
-  }
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < width; ++i) {
     const float v = bfloat_to_float(x[i]);

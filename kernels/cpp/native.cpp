@@ -10,6 +10,7 @@
 #include "folded.h"
 #include "generic.h"
 #include "layer.h"
+#include "pack.h"
 #include "pool.h"
 
 #if defined(_WIN32)
@@ -68,7 +69,7 @@ Rows rows_of(const Weight& w, int32_t path) {
 #endif
   if (path == AVX512 && w.kind == INT8) BY_BITS(avx512::rows, INT8)
   if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
-  if (path == AVX2) return avx2::rows;
+  if (path == AVX2) BY_BITS(avx2::rows, INT8)
 #endif
   return generic::rows;
 }
@@ -76,6 +77,7 @@ Rows rows_of(const Weight& w, int32_t path) {
 Prepare prepare_of(const Weight& w, int32_t path) {
 #if BITSMITH_X86
   if (path == FOLDED) return avx512::prepare<BFLOAT>;
+  if (path == AVX2) return avx2::prepare;
   if (path >= AVX512) return w.kind == INT8 ? avx512::prepare<INT8> : avx512::prepare<BFLOAT>;
 #endif
   return generic::prepare;
@@ -115,7 +117,7 @@ int32_t choose(const Weight& w, int64_t m) {
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 2; }
+BITSMITH_API int32_t bitsmith_abi() { return 4; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -181,65 +183,13 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   }
 }
 
-namespace {
-
-// A word of eight 4-bit codes -> byte b holds code b and, above it, code b + 4.
-uint32_t pair_nibbles(uint32_t word) {
-  const auto spread = [](uint32_t half) {
-    half = (half | half << 8) & 0x00ff00ffu;
-    return (half | half << 4) & 0x0f0f0f0fu;
-  };
-  return spread(word & 0xffffu) | spread(word >> 16) << 4;
-}
-
-}  // namespace
-
-// Dense bit stream int32 [n, ceil(k * bits / 32)] -> codes of common.h; rows and inputs beyond n and k are zeros.
-BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t n, int64_t k, int32_t bits, uint8_t* out, int32_t threads) {
-  const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
-  pool().run(count, threads, [&](int64_t nb) {
-    for (int64_t kb = 0; kb < k_blocks; ++kb) {
-      if (bits == 4 && (kb + 1) * BLOCK <= k && (nb + 1) * ROWS <= n) {
-        uint32_t* to = reinterpret_cast<uint32_t*>(out + (nb * k_blocks + kb) * 64 * bits);
-        for (int64_t r = 0; r < ROWS; ++r)
-          for (int64_t j = 0; j < 4; ++j) to[j * ROWS + r] = pair_nibbles(stream[(nb * ROWS + r) * words + kb * 4 + j]);
-        continue;
-      }
-      // [byte vector][row] of four codes each.
-      uint32_t lanes[8][ROWS] = {};
-      for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) {
-        uint32_t word[9] = {};
-        const uint32_t* row = stream + (nb * ROWS + r) * words + kb * bits;
-        const int64_t have = std::min<int64_t>(bits, words - kb * bits);
-        std::memcpy(word, row, static_cast<size_t>(have) * 4);
-        for (int v = 0; v < 8; ++v) {
-          const int at = 4 * v * bits;
-          const uint64_t two = word[at / 32] | static_cast<uint64_t>(word[at / 32 + 1]) << 32;
-          const uint64_t field = two >> (at % 32);
-          const uint32_t mask = (1u << bits) - 1;
-          uint32_t lane = 0;
-          for (int b = 0; b < 4; ++b) {
-            const bool inside = kb * BLOCK + 4 * v + b < k;
-            lane |= (inside ? static_cast<uint32_t>(field >> (b * bits)) & mask : 0u) << (8 * b);
-          }
-          lanes[v][r] = lane;
-        }
-      }
-      uint32_t* to = reinterpret_cast<uint32_t*>(out + (nb * k_blocks + kb) * 64 * bits);
-      int below = 0;
-      for (int width = 8; width; width /= 2) {
-        if (!(bits & width)) continue;
-        const int per = 8 / width;
-        const uint32_t mask = ((1u << width) - 1) * 0x01010101u;
-        for (int j = 0; j < width; ++j, to += ROWS)
-          for (int64_t r = 0; r < ROWS; ++r) {
-            uint32_t lane = 0;
-            for (int s = 0; s < per; ++s) lane |= (lanes[j * per + s][r] >> below & mask) << (width * s);
-            to[r] = lane;
-          }
-        below += width;
-      }
-    }
+// Bit stream int32 [n, ceil(k * bits / 32)] of any strides (in words) -> codes of common.h; rows and inputs beyond n and k are zeros.
+BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t row_stride, int64_t word_stride, int64_t n, int64_t k, int32_t bits, uint8_t* out,
+                                int32_t threads) {
+  const int64_t size = (k + BLOCK - 1) / BLOCK * 64 * bits;
+  pool().run((n + ROWS - 1) / ROWS, threads, [&](int64_t nb) {
+    const pack::Stream from{stream + nb * ROWS * row_stride, row_stride, word_stride};
+    pack::row_block(from, std::min(ROWS, n - nb * ROWS), k, bits, out + nb * size);
   });
 }
 
@@ -264,13 +214,11 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// Rows of x and residual lie at row / inner * outer_stride + row % inner * inner_stride; results are dense. bfloat16.
-BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* residual, const uint16_t* weight, uint16_t* y, uint16_t* total, int64_t rows,
-                                int64_t width, int64_t inner, const int64_t* strides, float eps, int32_t form, int32_t threads) {
+// Row i of x lies at i / inner * outer_stride + i % inner * inner_stride; y is dense. bfloat16.
+BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, int64_t inner,
+                                int64_t outer_stride, int64_t inner_stride, float eps, int32_t form, int32_t threads) {
   pool().run(rows, rows * width < (1 << 16) ? 1 : threads, [&](int64_t row) {
-    const int64_t outer = row / inner, nth = row % inner, to = row * width;
-    const uint16_t* other = residual ? residual + outer * strides[2] + nth * strides[3] : nullptr;
-    layer::norm(x + outer * strides[0] + nth * strides[1], other, weight, y + to, total ? total + to : nullptr, width, eps, form);
+    layer::norm(x + row / inner * outer_stride + row % inner * inner_stride, weight, y + row * width, width, eps, form);
   });
 }
 
