@@ -35,10 +35,10 @@ def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> 
 
 
 def refine(matrix: Tensor, spec: Spec, params: Params) -> Params:
-    """Params [R', G] improved by half-quadratic steps on the grouped matrix [R, C]; two-level scales are left as
-    fitted.
+    """Params [R', G] improved by half-quadratic steps on the grouped matrix [R, C]; scales of two levels or of
+    a byte, and mins, are left as fitted.
     """
-    if spec.two_level is not None or spec.scale == "e8m0":
+    if spec.two_level is not None or spec.scale in ("e8m0", "ue4m3") or spec.zero == "min":
         return params
     grid, shape = family(spec).grid, (matrix.shape[0], matrix.shape[1])
     best, beta = params, _BETA

@@ -18,14 +18,19 @@ FLAGS = (
 )
 
 
+SWITCHES = (("--enforce-eager", "run every step through Python: no recorded decode steps"),)
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the engine's flags; `argparse.SUPPRESS` keeps those not given out of the namespace."""
     group = parser.add_argument_group("engine")
     for flag, kind, metavar, text in FLAGS:
         group.add_argument(flag, type=kind, metavar=metavar, help=text, default=argparse.SUPPRESS)
+    for flag, text in SWITCHES:
+        group.add_argument(flag, action="store_true", help=text, default=argparse.SUPPRESS)
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `bitsmith.LLM` among `args`."""
-    names = {flag.lstrip("-").replace("-", "_") for flag, *_ in FLAGS}
+    names = {flag.lstrip("-").replace("-", "_") for flag, *_ in (*FLAGS, *SWITCHES)}
     return {name: value for name, value in vars(args).items() if name in names}

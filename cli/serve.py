@@ -63,12 +63,17 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--config {args.config}: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"--config {args.config} must hold a mapping of flag names to values, such as `port: 8000`")
-    words = [f"--{str(name).replace('_', '-')}={value}" for name, value in found.items()]
+    words = [word for name, value in found.items() for word in _flag(f"--{str(name).replace('_', '-')}", value)]
     try:
         merged = build_parser(["serve"]).parse_args(["serve", args.path, *words])
     except UserError as error:
         raise UserError(f"--config {args.config}: {error}") from error
     return argparse.Namespace(**vars(merged) | vars(args))
+
+
+def _flag(name: str, value: object) -> list[str]:
+    """What stands on a command line for a line of --config: `true` is the bare flag, `false` none."""
+    return [name] * value if isinstance(value, bool) else [f"{name}={value}"]
 
 
 def bind(host: str, port: int) -> socket.socket:

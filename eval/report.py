@@ -53,7 +53,7 @@ def qualities(rows: Iterable[Result]) -> list[Quality]:
             continue
 
         def metric(name: str, task: str = task, identity: tuple[str, ...] = (model, spec, method, kv)) -> float | None:
-            return by_key.get((*identity, task, name))  # type: ignore[arg-type]
+            return by_key.get((*identity, task, name))
 
         quality = Quality(
             model=model,
@@ -121,27 +121,27 @@ def bench_table(rows: Iterable[Result]) -> Table:
     """One line per engine and run, tokens per second per case; beside a peer's figure ours as a multiple of it."""
     newest = [row for row in latest(rows) if row.task.startswith("bench/")]
     cases = list(dict.fromkeys(row.metric for row in newest))
-    ours = {(row.model, _conditions(row), row.metric): row.value for row in newest if _engine(row) == "bitsmith"}
+    ours = {(*_conditions(row), row.metric): row.value for row in newest if _engine(row) == "bitsmith"}
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for row in newest:
-        own = ours.get((row.model, _conditions(row), row.metric))
+        own = ours.get((*_conditions(row), row.metric))
         versus = f" (ours {own / row.value:.2f}x)" if own and _engine(row) != "bitsmith" else ""
         # n counts undisturbed samples.
         doubt = "" if row.n else " (disturbed)"
         cell = f"{row.value:.1f}{versus}{doubt}"
-        lines.setdefault((row.model, _engine(row), row.spec, _conditions(row)), {})[row.metric] = cell
+        lines.setdefault((*_conditions(row), _engine(row), row.spec), {})[row.metric] = cell
     cells = [
-        [*who[:2], f"`{who[2]}`", who[3].split(" | ")[0], *(found.get(c, "–") for c in cases)]
-        for who, found in lines.items()
+        [model, engine, f"`{spec}`", f"{processor}, {threads}", *(found.get(c, "–") for c in cases)]
+        for (model, processor, threads, _, engine, spec), found in lines.items()
     ]
-    return [["model", "engine", "weights", "conditions", *(f"{case}, tok/s" for case in cases)], *cells]
+    return [["model", "engine", "weights", "on", *(f"{case}, tok/s" for case in cases)], *cells]
 
 
 def kernels_table(rows: Iterable[Result]) -> Table:
     """One line per weight and shape: microseconds of ours by rows of x, and F.linear's time over it."""
     newest = latest(rows)
     metrics = list(dict.fromkeys(row.metric for row in newest))
-    taken = {(row.spec, row.model, row.task.split("/", 2)[2], row.metric, _contender(row)): row.value for row in newest}
+    taken = {(row.spec, row.model, _device(row), row.metric, _contender(row)): row.value for row in newest}
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
     for (spec, shape, where, metric, name), value in taken.items():
         if name == "bitsmith":
@@ -153,6 +153,11 @@ def kernels_table(rows: Iterable[Result]) -> Table:
         for (spec, shape, where), found in lines.items()
     ]
     return [["weight", "outputs x inputs", "on", *metrics], *cells]
+
+
+def _device(row: Result) -> str:
+    """Processor, device type and threads a product was timed on."""
+    return ", ".join([row.processor, *row.task.split("/")[2:]])
 
 
 def _contender(row: Result) -> str:
@@ -169,9 +174,10 @@ def _engine(row: Result) -> str:
     return row.task.split("/")[2]
 
 
-def _conditions(row: Result) -> str:
-    """Threads and our form in that run: what the engines of one run have in common."""
-    return " | ".join(row.task.split("/")[3:])
+def _conditions(row: Result) -> tuple[str, str, str, str]:
+    """Model, processor, threads and our form in that run: what the engines of one run have in common."""
+    threads, form = row.task.split("/")[3:5]
+    return (row.model, row.processor, threads, form)
 
 
 def markdown(table: Table) -> str:

@@ -27,6 +27,8 @@ from ..errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 FILE_NAME = "runs.jsonl"
 _VERSIONED = ("torch", "transformers", "bitsmith")
+# First words of tasks whose figures are speeds.
+TIMED = ("bench", "kernels")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,15 @@ class Result:
     method: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str, str, str]:
-        """Rows with equal keys measure the same thing; the newest is the one to show."""
-        return (self.model, self.spec, self.method, self.kv, self.task, self.metric)
+    def processor(self) -> str:
+        """The CPU, and the GPU where there is one: "AMD EPYC + NVIDIA H100"."""
+        return " + ".join(str(self.machine[name]) for name in ("cpu", "gpu") if self.machine.get(name))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Rows with equal keys measure the same thing; the newest is the one to show. Speed is of one processor."""
+        where = (self.processor,) if self.task.split("/")[0] in TIMED else ()
+        return (self.model, self.spec, self.method, self.kv, self.task, self.metric, *where)
 
 
 def default_dir() -> Path:

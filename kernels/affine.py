@@ -1,19 +1,23 @@
-"""Affine family: weight = (code - zero) * scale, codes of 1 to 8 bits. GPTQ, AWQ, HQQ, EXL2, INT8, Q4_0 ... are its
-dialects.
+"""Affine family: weight = (code - zero) * scale or code * scale + min, codes of 1 to 8 bits. GPTQ, AWQ, HQQ, EXL2,
+INT8, Q4_0, Q4_K ... are its dialects.
 
-Rounding contract: code and zero to float32, subtract, multiply by the float32 scale; nothing fused.
+Rounding contract: code and zero to float32, subtract, multiply by the float32 scale; `min`: multiply, then add. Nothing
+fused.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .families import Family, scale_dtype
+from ..errors import UserError
+from .families import Family, one_level_parts, scale_dtype
 from .grid import Params, blocks, search
 from .spec import Spec
 
 _TINY = 1e-8
+_LEAST_E4M3 = 2.0**-9
 
 
 def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -25,14 +29,17 @@ def scale(values: Tensor, scales: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def fixed_zero(spec: Spec) -> float | None:
-    """Zero point of a symmetric grid: the middle code, which every dialect stores or implies as 2**(bits-1)."""
-    return float(1 << (spec.bits - 1)) if spec.zero == "sym" else None
+    """Zero point of a symmetric grid: the middle code, which every dialect stores or implies as 2**(bits-1); of `one`,
+    code 1 (ternary weights)."""
+    return {"sym": float(1 << (spec.bits - 1)), "one": 1.0}.get(spec.zero)
 
 
 class AffineGrid:
-    """Range fitting and rounding for uniform codes."""
+    """Range fitting and rounding for uniform codes. Of a `min` spec, the params' zero is the effective min."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
+        if spec.two_level:
+            raise UserError(f"{spec}: nothing here chooses scales of two levels; take one level, as {_one_level(spec)}")
         tiles, _ = blocks(w, spec)
         low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
 
@@ -42,6 +49,10 @@ class AffineGrid:
         return search(w, spec, weight, propose, self)
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
+        if spec.zero == "min":
+            assert params.zero is not None
+            codes = ((w - params.zero) / params.scale).nan_to_num(0.0).round().clamp(0, (1 << spec.bits) - 1)
+            return codes.to(torch.uint8), codes * params.scale + params.zero
         zero = params.zero if params.zero is not None else torch.tensor(fixed_zero(spec) or 0.0, device=w.device)
         codes = (w / params.scale + zero).round().clamp(0, (1 << spec.bits) - 1)
         return codes.to(torch.uint8), scale(codes, params.scale, zero)
@@ -49,8 +60,11 @@ class AffineGrid:
     def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:
         found = dict(params.parts)
         if "scales" not in found:
-            found["scales"] = params.scale.to(scale_dtype(spec.scale))
-        if params.zero is not None:
+            found["scales"] = one_level_parts(spec, params.scale)
+        if spec.zero == "min":
+            if "mins" not in found and params.zero is not None:
+                found["mins"] = one_level_parts(spec, params.zero)
+        elif params.zero is not None:
             found["zeros"] = params.zero.to(zero_dtype(spec))
         return found
 
@@ -61,9 +75,18 @@ def zero_dtype(spec: Spec) -> torch.dtype:
 
 def stored(spec: Spec, scales: Tensor) -> Tensor:
     """Scales as the file will hold them, in float32; a group of zeros gets a tiny scale rather than none."""
+    if spec.scale == "e8m0":
+        # The next power of two: a smaller one would saturate the largest weight.
+        return torch.exp2(torch.log2(scales.clamp(min=2.0**-126)).ceil())
+    if spec.scale == "ue4m3":
+        return scales.clamp(_LEAST_E4M3, torch.finfo(torch.float8_e4m3fn).max).to(torch.float8_e4m3fn).float()
     dtype = scale_dtype(spec.scale)
     floor = max(_TINY, torch.finfo(dtype).tiny) if dtype.is_floating_point else _TINY
     return scales.clamp(min=floor).to(dtype).float()
+
+
+def _one_level(spec: Spec) -> Spec:
+    return replace(spec, scale=spec.two_level[0] if spec.two_level else spec.scale)
 
 
 def _range_params(low: Tensor, high: Tensor, spec: Spec) -> Params:
@@ -76,6 +99,11 @@ def _range_params(low: Tensor, high: Tensor, spec: Spec) -> Params:
         return Params(stored(spec, 2 * torch.maximum(-low, high) / top))
     if spec.zero == "none":
         return Params(stored(spec, high / top))
+    if spec.zero == "one":
+        # Code 0 is the only negative number: it must reach as far down as the others reach up.
+        return Params(stored(spec, torch.maximum(-low, high / max(1, top - 1))))
+    if spec.zero == "min":
+        return Params(stored(spec, (high - low) / top), low.to(scale_dtype(spec.scale)).float())
     scales = stored(spec, (high - low) / top)
     zero = -low / scales
     if spec.zero == "asym":

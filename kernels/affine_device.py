@@ -17,6 +17,8 @@ def scale(values, parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr):
         values -= tiles.expand(tiles.metadata(parts.zeros, g, rn, N, K, SPEC).to(tl.float32), BK)
     elif SPEC.zero == "sym":
         values -= 1 << (SPEC.bits - 1)
+    elif SPEC.zero == "one":
+        values -= 1
     return values * tiles.expand(tiles.scales(parts, g, rn, N, K, SPEC), BK)
 
 

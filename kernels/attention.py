@@ -87,8 +87,10 @@ def paged_attention(
     if num_decode and _native(q, cache_k, cache_v):
         table, lengths = block_table[:num_decode], context_len[:num_decode]
         more = None if sinks is None else sinks.float()
+        rows = q[:num_decode]
+        dense = rows if rows.stride(1) == rows.shape[2] else rows.contiguous()
         decoded = native_layer.attend(
-            q[:num_decode], cache_k[0], cache_v[0], table, lengths, block_size, scale, window, softcap, more
+            dense, cache_k[0], cache_v[0], table, lengths, block_size, scale, window, softcap, more
         )
         if num_decode == q.shape[0]:
             return decoded
@@ -115,7 +117,7 @@ def paged_attention(
 def _native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
     """Whether the native library reads this cache: one part of bfloat16 each, heads of up to LARGEST_KEY_DIM."""
     plain = len(cache_k) == 1 and q.shape[-1] == cache_k[0].shape[-1] <= native_layer.LARGEST_KEY_DIM
-    return plain and native_layer.usable(q, cache_k[0], cache_v[0]) and q.stride(1) == q.shape[2]
+    return plain and native_layer.usable(q, cache_k[0], cache_v[0])
 
 
 def group_rows(

@@ -1,11 +1,13 @@
 """Codebook family: weight = table[code] * scale. NF4 and FP4 of bitsandbytes, SqueezeLLM, AQLM land here.
 
-The table travels with the tensor, so a checkpoint's own values win over the constants below. Its shape, in float32,
-float16 or bfloat16:
+The table travels with the tensor, so a checkpoint's own values win over the constants below (but for FIXED, whose
+values are the format's and never stored). Its shape, in float32, float16 or bfloat16:
 
     [2**bits]               one value a code
     [R, 2**bits]            the same, each output row its own (`rowtable`)
     [books, 2**bits, vec]   a code stands for `vec` consecutive inputs; the vectors of all books are added
+
+Codes of the named grids hold more than an index: kernels/grids.py.
 
 The codes of one vector are stored side by side, book 0 lowest, so they are one code of bits * books bits to whatever
 packs, cuts or repacks them. Rounding contract: table entries to float32, added in the order of the books, multiplied
@@ -19,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import grids
 from .affine import stored
-from .families import Family, scale_dtype
+from .families import Family, one_level_parts
 from .grid import Params, blocks, search
-from .spec import ROW_TABLE, Spec
+from .spec import GRIDS, ROW_TABLE, Spec
 
 # QLoRA (arXiv 2305.14314) appendix E: quantiles of N(0, 1), each half holding zero, scaled to [-1, 1].
 NF4 = (
@@ -33,11 +36,17 @@ NF4 = (
 )  # fmt: skip
 # E2M1 with bitsandbytes' own order and values; bit 3 is the sign.
 _FP4_HALF = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
-VALUES = {"nf4": NF4, "fp4": _FP4_HALF + tuple(-v for v in _FP4_HALF)}
+# Of llama.cpp (MIT), ggml-common.h: kvalues_iq4nl.
+IQ4NL = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+VALUES = {"nf4": NF4, "fp4": _FP4_HALF + tuple(-v for v in _FP4_HALF), "iq4nl": IQ4NL, "sign": (-1.0, 1.0)}
+# Tables that are not parts of a tensor.
+FIXED = ("iq4nl", "sign", *GRIDS)
 
 
 def table(spec: Spec) -> Tensor:
     """float32 [2**bits] of a named table. Raises UserError where the spec names none."""
+    if spec.table in GRIDS:
+        raise UserError(f"{spec}: nothing here chooses its codes; name a table ({', '.join(VALUES)}) instead")
     if spec.table not in VALUES:
         raise UserError(
             f"{spec}: its table comes with a checkpoint, and nothing here chooses one; "
@@ -47,7 +56,9 @@ def table(spec: Spec) -> Tensor:
 
 
 def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    entries = parts["table"].float()
+    if spec.table in GRIDS:
+        return grids.value(spec.table, codes.int()).flatten(1)
+    entries = table(spec).to(codes.device) if spec.table in FIXED else parts["table"].float()
     if spec.table == ROW_TABLE:
         return entries.gather(1, codes.long())
     if spec.vec == 1:
@@ -74,29 +85,34 @@ def fixed_zero(spec: Spec) -> float | None:
 
 
 class CodebookGrid:
-    """Scale = absmax of the group over the largest entry; a number takes the nearest entry."""
+    """Scale = the least that keeps a group between the smallest and the largest entry; a number takes the nearest."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
+        if spec.two_level and spec.scale_code != (8, 0):
+            raise UserError(f"{spec}: nothing here chooses scales of two such levels; take u8:f32:256 or one level")
         entries = table(spec).to(w.device)
-        absmax = blocks(w.abs(), spec)[0].amax(-1) / entries.abs().max()
+        parts = {} if spec.table in FIXED else {"table": entries}
+        tiles, _ = blocks(w, spec)
+        full = torch.maximum(tiles.amax(-1) / entries.max(), tiles.amin(-1) / entries.min())
 
         def propose(shrink: float) -> Params:
             if spec.two_level:
-                return Params(absmax * shrink, parts={"table": entries})
-            return Params(stored(spec, absmax * shrink), parts={"table": entries})
+                return Params(full * shrink, parts=parts)
+            return Params(stored(spec, full * shrink), parts=parts)
 
         found = search(w, spec, weight, propose, self)
         return _two_level(found, spec) if spec.two_level else found
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
-        entries, order = params.parts["table"].sort()
+        stored_table = table(spec).to(w.device) if spec.table in FIXED else params.parts["table"]
+        entries, order = stored_table.sort()
         place = torch.bucketize(w / params.scale, (entries[1:] + entries[:-1]) / 2)
         return order[place].to(torch.uint8), entries[place] * params.scale
 
     def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:
         found = dict(params.parts)
         if "scales" not in found:
-            found["scales"] = params.scale.to(scale_dtype(spec.scale))
+            found["scales"] = one_level_parts(spec, params.scale)
         return found
 
 

@@ -4,6 +4,8 @@ no other fast CPU path).
     weight                                   few rows                  many rows
     groups of whole blocks of 32 inputs,
       with the native library                native.py                 native.py
+    scales of two levels, integers times a
+      float for 256 inputs, with it          native_two_level.py       native_two_level.py
     affine 4 and 8 bits, whole groups        int4pack.py               int4pack.py
     affine 8 bits, one symmetric scale
       a row, int8 activations asked for      Int8Linear                Int8Linear
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import bits, int4pack, lut, native, native_float, probe
+from . import bits, int4pack, lut, native, native_float, native_two_level, probe
 from .families import scales
 from .pieces import pieces
 from .qtensor import QTensor, codes_of
@@ -146,8 +148,12 @@ def prepare_dense(weight: Tensor) -> DenseMatmul:
     return DenseMatmul("linear", weight)
 
 
-def prepare(q: QTensor) -> native.NativeLinear | native_float.FloatLinear | int4pack.Int4Pack | LookUp:
+def prepare(
+    q: QTensor,
+) -> native.NativeLinear | native_two_level.TwoLevelLinear | native_float.FloatLinear | int4pack.Int4Pack | LookUp:
     """The fastest product of `q`."""
+    if native_two_level.supports(q):
+        return native_two_level.pack(q)
     if native.supports(q):
         return native.pack(q)
     if native_float.supports(q):

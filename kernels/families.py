@@ -17,9 +17,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from . import bits
+from . import bits, grids
 from .grid import Grid
-from .spec import Spec
+from .spec import GRIDS, Spec
 
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -58,7 +58,8 @@ class Family:
             return values
         scale = spread(scales(spec, parts), spec, shape)
         zero = spread(parts["zeros"].float(), spec, shape) if "zeros" in parts else None
-        return self.scale(values, scale, zero if zero is not None else self._fixed(spec, scale))
+        scaled = self.scale(values, scale, zero if zero is not None else self._fixed(spec, scale))
+        return scaled + spread(mins(spec, parts), spec, shape) if "mins" in parts else scaled
 
     def _fixed(self, spec: Spec, like: Tensor) -> Tensor | None:
         zero = self.fixed_zero(spec)
@@ -77,26 +78,74 @@ def family(spec: Spec) -> Family:
 
 
 def scale_dtype(name: str) -> torch.dtype:
-    """torch dtype of a one-level scale storage name (e8m0 is held as its biased exponent byte)."""
+    """torch dtype of a one-level scale storage name (e8m0 and ue4m3 are held as bytes)."""
     return _DTYPES.get(name, torch.uint8)
 
 
 def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     """Effective scales, float32 [R', G].
 
-    One level: the stored value (e8m0: 2**(byte-127)). Two levels: code (through `scale_table` if there is one) times
-    the super scale of its block of consecutive scales in row-major order, plus `scale_offset` if there is one.
+    One level: the stored value (e8m0: 2**(byte-127)), times `global_scale` if there is one. Two levels: what the code
+    stands for (itself, less an offset, an entry of `scale_table`, or as a named grid says) times the super scale of its
+    block of consecutive scales in row-major order, plus `scale_offset` if there is one.
     """
     stored = parts["scales"]
+    if spec.two_level is None:
+        one = _one_level(spec, stored)
+        return one * parts["global_scale"].float() if "global_scale" in parts else one
+    codes = level_codes(spec, stored, parts["super_scales"])
+    if "scale_table" in parts:
+        number = parts["scale_table"][codes.long()]
+    elif spec.table in GRIDS:
+        number = grids.scale_numbers(spec.table, codes)
+    else:
+        number = codes.float() - spec.scale_code[1]
+    effective = _times_supers(spec, number, parts["super_scales"])
+    return effective + parts["scale_offset"] if "scale_offset" in parts else effective
+
+
+def mins(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
+    """Effective mins, float32 [R', G], of a spec whose zero is `min`: stored like its scales, codes unsigned."""
+    if spec.two_level is None:
+        return _one_level(spec, parts["mins"])
+    codes = level_codes(spec, parts["mins"], parts["super_mins"])
+    return _times_supers(spec, codes.float(), parts["super_mins"])
+
+
+def level_codes(spec: Spec, stored: Tensor, supers: Tensor) -> Tensor:
+    """The codes of a two-level scale or min, uint8 [R', G]: bytes as they are, narrower ones from their bit stream.
+
+    Those have whole super blocks a row, so the number of super scales says how many groups there are.
+    """
+    level = spec.two_level
+    assert level is not None
+    width = spec.scale_code[0]
+    if width == 8:
+        return stored
+    return bits.unpack(stored, width, supers.numel() * level[1] // stored.shape[0])
+
+
+def _one_level(spec: Spec, stored: Tensor) -> Tensor:
     if spec.scale == "e8m0":
         return torch.exp2(stored.float() - 127)
+    if spec.scale == "ue4m3":
+        return stored.view(torch.float8_e4m3fn).float()
+    return stored.float()
+
+
+def one_level_parts(spec: Spec, values: Tensor) -> Tensor:
+    """Scales (or mins) that the storage of `spec` holds exactly, float32 -> as they are stored."""
+    if spec.scale == "e8m0":
+        return (torch.log2(values).round() + 127).to(torch.uint8)
+    if spec.scale == "ue4m3":
+        return values.to(torch.float8_e4m3fn).view(torch.uint8)
+    return values.to(scale_dtype(spec.scale))
+
+
+def _times_supers(spec: Spec, number: Tensor, supers: Tensor) -> Tensor:
     level = spec.two_level
-    if level is None:
-        return stored.float()
-    code = parts["scale_table"][stored.long()] if "scale_table" in parts else stored.float()
-    repeat = parts["super_scales"].float().repeat_interleave(level[1])[: code.numel()].view_as(code)
-    effective = code * repeat
-    return effective + parts["scale_offset"] if "scale_offset" in parts else effective
+    assert level is not None
+    return number * supers.float().repeat_interleave(level[1])[: number.numel()].view_as(number)
 
 
 def scale_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:

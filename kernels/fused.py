@@ -165,15 +165,31 @@ def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     if _on_device(x):
         return _launch_norm(x, weight, eps, form)
     if native_layer.usable(x, weight):
-        return native_layer.norm(x, weight, eps, FORMS.index(form))
+        y, rows = torch.empty(x.shape, dtype=x.dtype), _rows(x)
+        native_layer.norm(y, rows, weight, eps, FORMS.index(form))()
+        return y
     return norm_twin(x, weight, eps, form).contiguous()
+
+
+def _bind_norm(y: Sequence[Tensor], x: Tensor, weight: Tensor, eps: float, form: str) -> native_layer.Call | None:
+    if _on_device(x) or not native_layer.usable(x, weight) or _moved(_rows(x), x):
+        return None
+    return native_layer.norm(y[0], _rows(x), weight, eps, FORMS.index(form))
+
+
+def _moved(view: Tensor, x: Tensor) -> bool:
+    """Whether `view` of `x` had to be a copy, which a later call would not see change."""
+    return view.data_ptr() != x.data_ptr()
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     if not _on_device(q):
         if native_layer.usable(q, k, cos, sin):
             cos, sin = cos.contiguous(), sin.contiguous()
-            return native_layer.turn(q, cos, sin, interleaved), native_layer.turn(k, cos, sin, interleaved)
+            turned = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+            for y, x in zip(turned, (q, k), strict=True):
+                native_layer.turn(y, x, cos, sin, interleaved)()
+            return turned
         a, b = rope_twin(q, k, cos, sin, interleaved)
         return a.contiguous(), b.contiguous()
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
@@ -188,10 +204,28 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
     return out[0], out[1]
 
 
+def _bind_rope(
+    y: Sequence[Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> native_layer.Call | None:
+    dense = cos.is_contiguous() and sin.is_contiguous()
+    if _on_device(q) or not dense or not native_layer.usable(q, k, cos, sin):
+        return None
+    of_q, of_k = (native_layer.turn(to, x, cos, sin, interleaved) for to, x in zip(y, (q, k), strict=True))
+
+    def both() -> None:
+        of_q()
+        of_k()
+
+    return both
+
+
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     if not _on_device(gate):
         if native_layer.usable(gate, up):
-            return native_layer.gated(gate, up, ACTS.index(act))
+            y = torch.empty(gate.shape, dtype=gate.dtype)
+            a, b = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+            native_layer.gated(y, a, b, ACTS.index(act))()
+            return y
         return gated_twin(gate, up, act).contiguous()
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     if y.numel():
@@ -204,6 +238,13 @@ def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
+def _bind_gated(y: Sequence[Tensor], gate: Tensor, up: Tensor, act: str) -> native_layer.Call | None:
+    if _on_device(gate) or not native_layer.usable(gate, up):
+        return None
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    return None if _moved(a, gate) or _moved(b, up) else native_layer.gated(y[0], a, b, ACTS.index(act))
+
+
 def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -213,13 +254,16 @@ def _two_like(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 # form: one of FORMS.
-rms_norm = ops.define("rms_norm(Tensor x, Tensor weight, float eps, str form) -> Tensor", _norm, _like)
+rms_norm = ops.define("rms_norm(Tensor x, Tensor weight, float eps, str form) -> Tensor", _norm, _like, _bind_norm)
 # q [T, HQ, D], k [T, HK, D], cos and sin [T, R]; interleaved: a pair is two neighbours, not two halves.
 rope = ops.define(
-    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)", _rope, _two_like
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) -> (Tensor, Tensor)",
+    _rope,
+    _two_like,
+    _bind_rope,
 )
 # act: one of ACTS.
-gated = ops.define("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _like)
+gated = ops.define("gated(Tensor gate, Tensor up, str act) -> Tensor", _gated, _like, _bind_gated)
 
 
 def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:

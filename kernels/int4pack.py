@@ -169,7 +169,14 @@ def _operator_group(q: QTensor) -> int:
     """The operator's group size for `q`, or 0."""
     spec = straighten(q).spec
     n, k = q.shape
-    if spec.family != "affine" or spec.bits not in (4, 8) or spec.rows != 1 or spec.view or n % 16:
+    if (
+        spec.family != "affine"
+        or spec.bits not in (4, 8)
+        or spec.zero == "min"
+        or spec.rows != 1
+        or spec.view
+        or n % 16
+    ):
         return 0
     size = k if spec.group == -1 else spec.group
     return next((g for g in _GROUPS if size % g == 0), 0) if k % size == 0 else 0

@@ -36,7 +36,10 @@ _PER_CODE = ("affine", "minifloat", "codebook")
 
 
 def supports(spec: Spec) -> bool:
-    return spec.family in _PER_CODE and spec.bits in _FIELDS and spec.vec == 1 and spec.table != ROW_TABLE
+    """Of a `min` weight both terms would be rounded where their sum is small: it is decoded in float32 instead."""
+    if spec.family not in _PER_CODE or spec.zero == "min":
+        return False
+    return spec.bits in _FIELDS and spec.vec == 1 and spec.table != ROW_TABLE
 
 
 def decode(q: QTensor) -> Tensor:

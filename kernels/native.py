@@ -19,10 +19,11 @@ import ctypes
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -40,11 +41,15 @@ PATHS = ("generic", "avx2", "avx512", "amx", "folded")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-_E8M0 = 4
+# What bytes of scales are, by their storage's name.
+_BYTES = {"e8m0": 4, "ue4m3": 5}
 # Of native.cpp's functions and structures.
-_ABI = 4
+_ABI = 6
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
+_BY_GROUP = ("scales", "zeros", "mins")
+_Structure = TypeVar("_Structure", bound=ctypes.Structure)
+_Scaled = TypeVar("_Scaled", bound="Weight")
 
 
 class Weight(ctypes.Structure):
@@ -54,11 +59,15 @@ class Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros", "supers", "scale_table", "values")),
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "scale_rows", "per_super")),
         *((name, ctypes.c_float) for name in ("zero", "scale_offset")),
-        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype")),
+        *((name, ctypes.c_int32) for name in ("bits", "kind", "scale_dtype", "zero_dtype", "super_dtype", "mins")),
     )
 
 
-_ADDRESSES = tuple(name for name, kind in Weight._fields_ if kind is ctypes.c_void_p)
+@cache
+def addresses(kind: type[ctypes.Structure]) -> tuple[str, ...]:
+    """The pointers of a structure, in its order, those of what it extends first."""
+    fields = (field for base in reversed(kind.__mro__) for field in vars(base).get("_fields_", ()))
+    return tuple(name for name, what, *_ in fields if what is ctypes.c_void_p)
 
 
 @cache
@@ -76,8 +85,11 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
+    lib.bitsmith_two_level_linear.argtypes = lib.bitsmith_linear.argtypes
     lib.bitsmith_floats.argtypes = lib.bitsmith_linear.argtypes
-    for name in ("linear", "floats", "pack", "unpack"):
+    lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
+    lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
+    for name in ("linear", "floats", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -97,7 +109,7 @@ class NativeLinear:
     shape: tuple[int, int]
     shapes: Mapping[str, torch.Size]
     extra: Mapping[str, Tensor]
-    # uint8, cpp/common.h; scales and zeros [blocks, groups, 16], others as they were.
+    # uint8, cpp/common.h; scales, zeros and mins [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
     _weight: Weight = field(repr=False)
     # Derived, small: kept alive for `_weight`.
@@ -138,38 +150,61 @@ class NativeLinear:
         return QTensor(self.spec, self.shape, parts, self.extra)
 
 
-def operands(weight: Weight, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """What `linear` takes for `weight`: its bytes, and for each address in it the one of `tensors` that lies there."""
+def operands(weight: ctypes.Structure, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """What an operator takes for `weight`: its bytes, and for each address in it that of `tensors` which lies there."""
     at = {t.data_ptr(): t for t in tensors}
-    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in _ADDRESSES]
+    found = [None if getattr(weight, name) is None else at[getattr(weight, name)] for name in addresses(type(weight))]
     # A None costs a fifth of a microsecond a call.
     while found[-1] is None:
         found.pop()
     return torch.frombuffer(bytearray(weight), dtype=torch.uint8), found
 
 
-def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
-    # The addresses of these tensors, not of those that were packed: a traced graph may have moved them.
-    weight = Weight.from_buffer_copy(Weight.from_address(header.data_ptr()))
-    for name, tensor in zip(_ADDRESSES, tensors, strict=False):
+def structure(kind: type[_Structure], header: Tensor, tensors: Sequence[Tensor | None]) -> _Structure:
+    """What `operands` took apart, with the addresses of these tensors, not of those that were packed: a traced graph
+    may have moved them."""
+    weight = kind.from_buffer_copy(kind.from_address(header.data_ptr()))
+    for name, tensor in zip(addresses(kind), tensors, strict=False):
         if tensor is not None:
             setattr(weight, name, tensor.data_ptr())
+    return weight
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    dtype = DTYPES[x.dtype]
-    lib = library()
-    assert lib is not None
-    lib.bitsmith_linear(
-        ctypes.byref(weight), x.data_ptr(), dtype, x.shape[0], y.data_ptr(), dtype, torch.get_num_threads(), path
-    )
+    _linear_call(y, x, header, tensors, path)()
     return y
 
 
-def _linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
+def _linear_call(
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
+) -> Callable[[], object]:
+    lib = library()
+    assert lib is not None
+    return product_call(lib.bitsmith_linear, structure(Weight, header, tensors), y, x, path)
+
+
+def product_call(
+    function: Callable[..., object], weight: ctypes.Structure, y: Tensor, x: Tensor, path: int
+) -> Callable[[], object]:
+    """A call of one of the library's products y = x @ W.T, of dense tensors."""
+    return partial(
+        function, ctypes.byref(weight), x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr(), DTYPES[y.dtype],
+        torch.get_num_threads(), path,
+    )  # fmt: skip
+
+
+def linear_fake(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
 
 # x [M, K] contiguous, columns in packed order; header and tensors from `operands` -> [M, n] in x's dtype.
-linear = ops.define("native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor", _linear, _linear_fake)
+linear = ops.define(
+    "native_linear(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor",
+    _linear,
+    linear_fake,
+    lambda results, x, header, tensors, n: _linear_call(results[0], x, header, tensors),
+)
 
 
 def supports(q: QTensor) -> bool:
@@ -182,10 +217,13 @@ def supports(q: QTensor) -> bool:
         return False
     plain = straighten(q).spec
     group = q.shape[1] if plain.group == -1 else plain.group
+    if plain.scale == "ue4m3" or (plain.two_level and (plain.scale_code != (8, 0) or plain.zero == "min")):
+        return False
     if (
         plain.view
         or plain.vec > 1
         or plain.bits > 8
+        or "global_scale" in q.parts
         or (group % BLOCK and group < q.shape[1])
         or (plain.rows > 1 and plain.rows % ROWS)
     ):
@@ -194,13 +232,13 @@ def supports(q: QTensor) -> bool:
         return True
     if best_path() not in ("avx512", "amx") or plain.family not in ("affine", "minifloat", "codebook"):
         return False
-    return plain.table != ROW_TABLE and _table(q) is not None
+    return plain.table != ROW_TABLE and plain.zero != "min" and _table(q) is not None
 
 
 def pack(q: QTensor) -> NativeLinear:
     """`q` in the library's layout; `supports(q)` must be true."""
     plain = straighten(q)
-    parts, weight = blocked(plain)
+    parts, weight = blocked(plain, Weight)
     weight.kind = _kind(plain.spec)
     values = None if weight.kind == _INT8 else _table(q)
     if values is None:
@@ -213,30 +251,37 @@ def pack(q: QTensor) -> NativeLinear:
     return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
 
 
-def blocked(plain: QTensor) -> tuple[dict[str, Tensor], Weight]:
+def blocked(plain: QTensor, structure: type[_Scaled]) -> tuple[dict[str, Tensor], _Scaled]:
     """The parts of `plain` (straightened, one code a weight) in the layout of cpp/common.h, and what says so there; the
     kind, the zero point that is not stored and the values of codes are left open."""
     spec, (n, k) = plain.spec, plain.shape
     parts = {name: t.contiguous() for name, t in plain.parts.items() if name != "perm"}
     parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
-    weight = Weight(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
+    weight = structure(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
     add_scales(weight, parts, spec)
     return parts, weight
 
 
 def add_scales(weight: Weight, parts: dict[str, Tensor], spec: Spec) -> None:
-    """Scales and zero points in `parts` [N, G] -> [blocks, G, 16] there, and into `weight`, whose n and k are set."""
+    """Scales, zero points and mins in `parts` [N, G] -> [blocks, G, 16] there, and into `weight`, whose n and k are
+    set."""
     n, k = weight.n, weight.k
     weight.group, weight.scale_rows = k if spec.group == -1 else spec.group, scale_rows(spec, n)
-    for name in ("scales", "zeros"):
+    for name in _BY_GROUP:
         if name in parts and weight.scale_rows == 1:
-            parts[name] = _by_block(parts[name].reshape(n, -1))
+            parts[name] = by_block(parts[name].reshape(n, -1))
     weight.scales = parts["scales"].data_ptr()
-    weight.scale_dtype = _E8M0 if spec.scale == "e8m0" else DTYPES[parts["scales"].dtype]
-    if "zeros" in parts:
-        weight.zeros, weight.zero_dtype = parts["zeros"].data_ptr(), DTYPES[parts["zeros"].dtype]
+    weight.scale_dtype = _number_type(spec, parts["scales"])
+    for name in ("zeros", "mins"):
+        if name in parts:
+            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), _number_type(spec, parts[name])
+            weight.mins = name == "mins"
     if spec.two_level:
         _second_level(weight, parts, spec)
+
+
+def _number_type(spec: Spec, stored: Tensor) -> int:
+    return _BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
 
 
 def scale_rows(spec: Spec, n: int) -> int:
@@ -329,12 +374,12 @@ def _table(q: QTensor) -> Tensor | None:
 
 
 def scales_as_given(parts: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
-    """The inverse of `add_scales`, up to the shapes: scales and zero points [N, G]."""
-    blocks = {name: parts[name] for name in ("scales", "zeros") if name in parts and weight.scale_rows == 1}
+    """The inverse of `add_scales`, up to the shapes: scales, zero points and mins [N, G]."""
+    blocks = {name: parts[name] for name in _BY_GROUP if name in parts and weight.scale_rows == 1}
     return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[: weight.n] for name, t in blocks.items()}}
 
 
-def _by_block(t: Tensor) -> Tensor:
+def by_block(t: Tensor) -> Tensor:
     """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
     n, groups = t.shape
     padded = torch.zeros(-(-n // ROWS) * ROWS, groups, dtype=t.dtype)

@@ -2,11 +2,13 @@
 in bfloat16 with float32 inside.
 
 One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
-operators of kernels/fused.py take them where `usable`; their torch twins are the oracle.
+operators of kernels/fused.py take them where `usable`; their torch twins are the oracle. Each function here gives the
+call that fills `y`, to be made while its tensors live: once, or again and again (recording.py).
 """
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from . import native, ops
 
 LARGEST_KEY_DIM = 256
+Call = Callable[[], object]
 
 
 class _Attention(ctypes.Structure):
@@ -43,6 +46,12 @@ def _library() -> ctypes.CDLL | None:
     return lib
 
 
+def _functions() -> ctypes.CDLL:
+    lib = _library()
+    assert lib is not None
+    return lib
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the library is there and all of `tensors` are what it takes: bfloat16 on the CPU, rows contiguous."""
     return _library() is not None and not any(map(_strange, tensors))
@@ -52,63 +61,46 @@ def _strange(t: Tensor) -> bool:
     return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or not t.is_cpu
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, form: int) -> Tensor:
-    """x [.., W], weight [W], both `usable`; form: its place in fused.FORMS -> x's shape, contiguous."""
-    lib = _library()
-    assert lib is not None
-    y = torch.empty(x.shape, dtype=x.dtype)
-    rows = _matrix(x)
-    lib.bitsmith_norm(
-        rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.shape[0] * rows.shape[1], x.shape[-1], rows.shape[1],
-        rows.stride(0), rows.stride(1), eps, form, torch.get_num_threads(),
+def norm(y: Tensor, rows: Tensor, weight: Tensor, eps: float, form: int) -> Call:
+    """rows [A, B, W], weight [W], both `usable`; form: its place in fused.FORMS -> y of as many numbers, contiguous."""
+    return partial(
+        _functions().bitsmith_norm, rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.shape[0] * rows.shape[1],
+        rows.shape[2], rows.shape[1], rows.stride(0), rows.stride(1), eps, form, torch.get_num_threads(),
     )  # fmt: skip
-    return y
 
 
-def gated(gate: Tensor, up: Tensor, act: int) -> Tensor:
-    """gate and up [.., W], both `usable`; act: its place in fused.ACTS -> [.., W], contiguous."""
-    lib = _library()
-    assert lib is not None
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    a, b = (t.reshape(-1, t.shape[-1]) for t in (gate, up))
-    lib.bitsmith_gated(
-        a.data_ptr(), b.data_ptr(), y.data_ptr(), *a.shape, a.stride(0), b.stride(0), act, torch.get_num_threads()
-    )
-    return y
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotary embedding of one of q and k: x [T, H, D], `usable`; cos and sin [T, R], contiguous."""
-    lib = _library()
-    assert lib is not None
-    y = torch.empty(x.shape, dtype=x.dtype)
-    lib.bitsmith_rope(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *x.shape, cos.shape[1], x.stride(0), x.stride(1),
-        interleaved, torch.get_num_threads(),
+def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> Call:
+    """gate and up [M, W], both `usable`; act: its place in fused.ACTS -> y of as many numbers, contiguous."""
+    return partial(
+        _functions().bitsmith_gated, gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0),
+        up.stride(0), act, torch.get_num_threads(),
     )  # fmt: skip
-    return y
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """[A, B, W] of a tensor of any dimensions: a view where the leading ones can be merged."""
-    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Call:
+    """Rotary embedding of one of q and k: x [T, H, D], `usable`; cos and sin [T, R], contiguous -> y [T, H, D]."""
+    return partial(
+        _functions().bitsmith_rope, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *x.shape, cos.shape[1],
+        x.stride(0), x.stride(1), interleaved, torch.get_num_threads(),
+    )  # fmt: skip
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int, scale: float,
-    window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
-) -> Tensor:  # fmt: skip
-    lib = _library()
-    assert lib is not None
-    rows, heads, _ = q.shape
-    out = torch.empty(rows, heads, v.shape[2], dtype=q.dtype)
+def _attend_call(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
+) -> Call:  # fmt: skip
     what = _Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
-        context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=rows, heads=heads,
-        kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
+        context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
+        heads=q.shape[1], kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
         block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
     )  # fmt: skip
-    lib.bitsmith_attend(ctypes.byref(what), torch.get_num_threads(), plain)
+    return partial(_functions().bitsmith_attend, ctypes.byref(what), torch.get_num_threads(), plain)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    _attend_call(out, q, k, v, *more, **options)()
     return out
 
 
@@ -123,4 +115,5 @@ attend = ops.define(
     "int? window, float? softcap, Tensor? sinks, bool plain=False) -> Tensor",
     _attend,
     _attend_fake,
+    lambda results, *arguments, **options: _attend_call(results[0], *arguments, **options),
 )

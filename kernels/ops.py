@@ -12,6 +12,9 @@ nothing, and its fake does nothing: `store(Tensor(a!) cache, Tensor x, Tensor sl
 arguments. A weight travels as `Tensor?[] parts` (tiles.Parts, in order) and `str spec`: both are then constants or
 inputs of a compiled graph, and nothing is looked up in a registry of ours.
 
+An operator may come with a `bind`: (its results, its arguments) -> a function of nothing that computes the results
+again, or None for arguments it has no such function for. recording.py repeats a step on the CPU through it.
+
 CUDA graphs need none of this: they record launches. What they forbid is a read back to the host, so an operator says
 in its docstring where it does one.
 
@@ -27,12 +30,22 @@ import torch
 
 NAMESPACE = "bitsmith"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# Of operators that have one.
+BINDS: dict[Any, Callable[..., Callable[[], object] | None]] = {}
 
 
-def define(schema: str, real: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    real: Callable[..., Any],
+    fake: Callable[..., Any],
+    bind: Callable[..., Callable[[], object] | None] | None = None,
+) -> Any:
     """Register `schema` under bitsmith:: with its implementation for every device and its fake -> the operator."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if bind is not None:
+        BINDS[operator] = bind
+    return operator

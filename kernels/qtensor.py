@@ -5,10 +5,14 @@ groups of `Spec.group` columns. Parts are named tensors:
 
     codes   int32 [R, words(ceil(C / vec), bits * books)] dense bit stream (kernels/bits.py); trellis: tiles
             [R / 16, C / 16, 8 * bits] (kernels/trellis.py)
-    scales  [R / rows, C / group] in the dtype the spec names (rounded up where they do not divide); trellis: none
-    zeros   like scales: uint8 for `asym`, float for `zf*`; absent for `sym` and `none`
+    scales  [R', G] = [R / rows, C / group] in the dtype the spec names (rounded up where they do not divide); trellis:
+            none. Two levels: codes, uint8, or narrower ones as a bit stream int32 [R', words(G, bits)]
+    zeros   like scales: uint8 for `asym`, float for `zf*`; absent for `sym`, `one`, `none` and `min`
+    mins    of `min`: exactly like scales
     table   codebook.py gives its shapes
-    super_scales, scale_table, scale_offset   the second level of a two-level scale
+    super_scales, scale_table, scale_offset   the second level of a two-level scale, [R' * G / PER] of them
+    super_mins                                that of the mins
+    global_scale  float [], multiplies one-level scales (NVFP4)
     in_scale float [K], perm int32 [K] (input feature held by packed column j), out_scale float [N]
             what `pre` and `post` need (kernels/transform.py); K and N are those of the matrix: a Hadamard transform
             takes whole blocks, so its weight is padded to them
@@ -25,9 +29,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import bits, transform
-from .families import family
+from .families import family, scale_shape
 from .grid import Params
 from .spec import ROW_TABLE, Spec
+
+# Second levels, [R' * G / PER]: a row's are consecutive.
+_SUPERS = ("super_scales", "super_mins")
 
 
 @dataclass(frozen=True)
@@ -68,12 +75,14 @@ class QTensor:
         tile = row_tile(self.spec)
         if tile > 1 and (start % tile or (stop % tile and stop != self.shape[0])):
             raise ValueError(f"{self.spec}: rows {start}..{stop} of {self.shape[0]} cut a tile of {tile} rows")
-        if self.spec.view or self.spec.two_level:
+        if self.spec.view or not own_supers(self.spec, self.shape):
             raise ValueError(f"{self.spec}: rows are not independent, so it cannot be cut by rows")
         end = -(-stop // tile) * tile
         cut = dict(self.parts)
         for name, unit in _row_parts(self.spec).items():
-            if name in cut:
+            if name in cut and name in _SUPERS:
+                cut[name] = cut[name].view(self.shape[0], -1)[start:stop].flatten()
+            elif name in cut:
                 cut[name] = cut[name][start // unit : -(-end // unit)]
         return QTensor(self.spec, (stop - start, self.shape[1]), cut)
 
@@ -88,19 +97,23 @@ class QTensor:
             raise ValueError(f"dimension {dim} of {self.shape} does not divide by {world} ranks")
         if dim == 0:
             return self.rows(rank * size, (rank + 1) * size)
-        _need_rows(self.spec)
         spec, tile = self.spec, family(self.spec).code_tile
-        whole = math.lcm(spec.in_block, max(1, spec.group), tile[1] if tile else 1)
+        if spec.rows != 1 or spec.view or not own_supers(spec, self.shape):
+            raise ValueError(f"{spec}: rows are not independent, so it cannot be cut or stacked by rows")
+        whole = math.lcm(spec.in_block, _inputs_cut(spec), tile[1] if tile else 1)
         if "perm" in spec.pre or size % whole or not (tile or whole_words(spec, size)):
             raise ValueError(f"{self.spec}: {self.shape[1]} inputs cannot be cut into {world} whole groups and words")
         cut = dict(self.parts)
         lengths = {"codes": size // tile[1] if tile else size // spec.vec * spec.width // 32, "in_scale": size}
         if spec.group != -1:
-            lengths |= dict.fromkeys(("scales", "zeros"), size // spec.group)
+            lengths |= dict.fromkeys(("scales", "zeros", "mins"), _stored_groups(spec, size))
+        if spec.two_level:
+            lengths |= dict.fromkeys(_SUPERS, size // spec.group // spec.two_level[1])
         for name, length in lengths.items():
             if name in cut:
-                axis = 0 if name == "in_scale" else 1
-                cut[name] = cut[name].narrow(axis, rank * length, length).contiguous()
+                part = cut[name].view(self.shape[0], -1) if name in _SUPERS else cut[name]
+                kept = part.narrow(0 if name == "in_scale" else 1, rank * length, length)
+                cut[name] = kept.flatten() if name in _SUPERS else kept.contiguous()
         return QTensor(self.spec, (self.shape[0], size), cut)
 
 
@@ -109,7 +122,9 @@ def _row_parts(spec: Spec) -> dict[str, int]:
     tile = family(spec).code_tile
     found = {"codes": tile[0] if tile else 1, "out_scale": 1}
     if spec.rows != -1:
-        found |= dict.fromkeys(("scales", "zeros"), spec.rows)
+        found |= dict.fromkeys(("scales", "zeros", "mins"), spec.rows)
+    if spec.two_level:
+        found |= dict.fromkeys(_SUPERS, 1)
     return found | ({"table": 1} if spec.table == ROW_TABLE else {})
 
 
@@ -124,15 +139,31 @@ def whole_words(spec: Spec, columns: int) -> bool:
     return columns % spec.vec == 0 and columns // spec.vec * spec.width % 32 == 0
 
 
-def _need_rows(spec: Spec) -> None:
-    if spec.rows != 1 or spec.view or spec.two_level:
-        raise ValueError(f"{spec}: rows are not independent, so it cannot be cut or stacked by rows")
+def own_supers(spec: Spec, shape: tuple[int, int]) -> bool:
+    """Whether no super scale of a two-level scale serves more than one row (true of one level)."""
+    level = spec.two_level
+    return level is None or (spec.rows == 1 and scale_shape(spec, shape)[1] % level[1] == 0)
+
+
+def _stored_groups(spec: Spec, columns: int) -> int:
+    """Entries of a row of `scales` for `columns` inputs: numbers, or words of a bit stream."""
+    groups = columns // spec.group
+    return bits.words(groups, spec.scale_code[0]) if spec.two_level and spec.scale_code[0] < 8 else groups
+
+
+def _inputs_cut(spec: Spec) -> int:
+    """Inputs of whole groups, super blocks and words of scale codes."""
+    group = max(1, spec.group)
+    if spec.two_level is None:
+        return group
+    width = spec.scale_code[0]
+    return group * math.lcm(spec.two_level[1], 1 if width == 8 else 32 // math.gcd(32, width))
 
 
 def can_concat(tensors: Sequence[QTensor]) -> bool:
     """Whether `concat` works: one spec, one input width, independent rows, equal shared parts."""
     first = tensors[0]
-    if first.spec.rows != 1 or first.spec.view or first.spec.two_level:
+    if first.spec.rows != 1 or first.spec.view or not own_supers(first.spec, first.shape):
         return False
     if any(t.shape[0] % row_tile(first.spec) for t in tensors):
         return False

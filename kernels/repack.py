@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import bits
+from .codebook import FIXED
 from .families import family
 from .lang import HAVE_TRITON, INSTALL
 from .qtensor import QTensor, core, matrix_shape, whole_words, with_steps
@@ -49,6 +50,10 @@ def layout_problem(q: QTensor) -> str:
     spec = q.spec
     if spec.view == "axis0":
         return f"{spec}: groups along axis 0 give each input its own scale, so a tile has as many scales as weights"
+    if spec.zero == "min" or (spec.two_level and spec.scale_code != (8, 0)):
+        return f"{spec}: the kernels know neither mins nor scale codes of such a kind"
+    if spec.scale == "ue4m3" or spec.table == "e2m1" or spec.table in FIXED or "global_scale" in q.parts:
+        return f"{spec}: the kernels have no decoder for its codes or scales"
     if spec.view == "flat" and (q.shape[1] % spec.group or not whole_words(spec, spec.group)):
         return f"{spec}: rows of {q.shape[1]} are not whole groups, so groups straddle rows"
     return ""

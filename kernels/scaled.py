@@ -201,7 +201,7 @@ def layout_problem(spec: Spec, k: int) -> str:
         return f"{spec}: only symmetric 8-bit codes are int8 as they are"
     if kind != "int8" and spec.table != "e4m3":
         return f"{spec}: only E4M3 codes go into the dot as they are"
-    if spec.view or spec.two_level or (kind == "fp8" and spec.scale == "e8m0"):
+    if spec.view or spec.two_level or (kind == "fp8" and spec.scale in ("e8m0", "ue4m3")):
         return f"{spec}: its scales are not one plain level per row and group"
     if spec.group != -1 and (spec.group not in (32, 64) and spec.group % 128):
         return f"{spec}: a group must be 32, 64 or a multiple of 128 inputs"

@@ -11,6 +11,11 @@ printed):
     minifloat8.e4m3.g128x128.f32 FP8, one f32 scale per 128 x 128 tile
     codebook4.nf4.g64.u8:f32:256 NF4, 8-bit block scales, one f32 super scale per 256 of them (double quantization)
     codebook4.rowtable.channel   a table of 16 values for each output row (SqueezeLLM)
+    affine4.g32.min.u6:f16:8     weight = code * scale + min; scales and mins are 6-bit codes, one f16 super scale and
+                                 one f16 super min per 8 of them (GGUF Q4_K)
+    minifloat4.e2m1.g16.ue4m3    FP4, one E4M3 scale per 16 weights (NVFP4)
+    codebook4.iq4nl.g32          a named table that never travels with a tensor (GGUF IQ4_NL)
+    codebook15.iq2xxs.v8.g32.u4:f16:8  a named grid: one code for 8 weights, its index and signs (GGUF IQ2_XXS)
     codebook8.v8.x2.channel      two 8-bit codes per 8 weights, each the row of a table; the rows are added (AQLM 2x8)
     trellis3.mcg.inscale.had128.outhad128.outscale
                                  EXL3: no scales of its own; vectors and Hadamard transforms on both sides
@@ -23,8 +28,8 @@ from ..errors import UserError
 
 # family -> the most bits a code has
 FAMILIES = {"affine": 8, "minifloat": 8, "codebook": 16, "trellis": 8}
-SCALES = ("f16", "bf16", "f32", "e8m0")
-ZEROS = ("none", "sym", "asym", "zf16", "zbf16", "zf32")
+SCALES = ("f16", "bf16", "f32", "e8m0", "ue4m3")
+ZEROS = ("none", "sym", "one", "asym", "zf16", "zbf16", "zf32", "min")
 VIEWS = ("", "flat", "axis0")
 ACTS = ("", "a8")
 VECS = (1, 2, 4, 8)
@@ -32,7 +37,17 @@ VECS = (1, 2, 4, 8)
 PRES = ("inscale", "perm", "had")
 POSTS = ("outhad", "outscale")
 # name -> (family, bits); the values themselves live with their family.
-TABLES = {"e4m3": ("minifloat", 8), "e5m2": ("minifloat", 8), "nf4": ("codebook", 4), "fp4": ("codebook", 4)}
+TABLES = {
+    "e4m3": ("minifloat", 8),
+    "e5m2": ("minifloat", 8),
+    "e2m1": ("minifloat", 4),
+    "nf4": ("codebook", 4),
+    "fp4": ("codebook", 4),
+    "iq4nl": ("codebook", 4),
+    "sign": ("codebook", 1),
+}
+# Codebook: grids of vectors of 8, whose codes hold an index and signs (kernels/grids.py) -> bits of a code.
+GRIDS = {"iq2xxs": 15, "iq2xs": 16, "iq2s": 18, "iq3xxs": 23, "iq3s": 26, "iq1s": 12, "iq1m": 12}
 # Codebook: a table for every output row, of any width up to 8 bits.
 ROW_TABLE = "rowtable"
 # Trellis: the functions from a 16-bit state to a value, of any width.
@@ -40,7 +55,7 @@ STATE_VALUES = ("3inst", "mcg", "mul1")
 # Bits of the codes of all books of one vector: what an int32 holds.
 _WIDEST = 32
 _BLOCKS = [1 << i for i in range(1, 16)]
-_TWO_LEVEL = re.compile(r"u8:(f16|f32):(\d+)")
+_TWO_LEVEL = re.compile(r"([us])([3468]):(f16|bf16|f32):(\d+)")
 _GROUP = re.compile(r"g(?:(\d+|all)x)?(\d+|all)")
 _VEC = re.compile(r"v(\d+)")
 _BOOKS = re.compile(r"x(\d+)")
@@ -58,12 +73,14 @@ class Spec:
     group: int = -1
     # Output rows that share one scale; 1 = each its own, 128 = tiles of 128 rows (FP8 block), -1 = all.
     rows: int = 1
-    # Storage of the scale: f16 | bf16 | f32 | e8m0, or two levels: "u8:f32:256".
+    # Storage of the scale: f16 | bf16 | f32 | e8m0 | ue4m3 (E4M3 of numbers >= 0), or two levels "u6:f16:8": the code's
+    # type and bits (u: as it is, s: less 2**(bits-1)), the super scale's storage, scales per super scale.
     scale: str = "f16"
-    # none | sym (fixed 2**(bits-1)) | asym (integer) | zf16, zbf16, zf32 (floating).
+    # none | sym (fixed 2**(bits-1)) | one (fixed 1) | asym (integer) | zf16, zbf16, zf32 (floating) | min (no zero
+    # point: a number stored like the scale is added to code * scale).
     zero: str = "none"
-    # Meaning of a code where it is not an integer: e4m3, e5m2 (minifloat); nf4, fp4, rowtable, or "" for one table
-    # that comes with the tensor (codebook); 3inst, mcg, mul1 (trellis).
+    # Meaning of a code where it is not an integer: e4m3, e5m2, e2m1 (minifloat); nf4, fp4, iq4nl, sign, rowtable, one
+    # of GRIDS, or "" for one table that comes with the tensor (codebook); 3inst, mcg, mul1 (trellis).
     table: str = ""
     # How the weight is laid out as the [R, C] matrix whose rows are grouped:
     #   ""      the weight itself, [N, K]
@@ -89,14 +106,14 @@ class Spec:
     def _problem(self) -> str:
         if self.family not in FAMILIES:
             return f"unknown family {self.family!r}; accepted: {', '.join(FAMILIES)}"
-        if not 1 <= self.bits <= FAMILIES[self.family]:
+        if not 1 <= self.bits <= FAMILIES[self.family] and self.table not in GRIDS:
             return f"bits is {self.bits}; accepted: 1 to {FAMILIES[self.family]}"
         if self.group != -1 and self.group < 1:
             return f"group is {self.group}; accepted: -1 (whole row) or a positive number"
         if self.rows != -1 and self.rows < 1:
             return f"rows is {self.rows}; accepted: -1 (all rows) or a positive number"
         if self.scale not in SCALES and not _TWO_LEVEL.fullmatch(self.scale):
-            return f"unknown scale storage {self.scale!r}; accepted: {', '.join(SCALES)} or u8:f32:256"
+            return f"unknown scale storage {self.scale!r}; accepted: {', '.join(SCALES)} or two levels, as u8:f32:256"
         if self.zero not in ZEROS:
             return f"unknown zero point {self.zero!r}; accepted: {', '.join(ZEROS)}"
         if self.view not in VIEWS:
@@ -119,6 +136,8 @@ class Spec:
             return "a rowtable is one of 1 to 8 bits of the codebook family, one weight a code, with no view"
         accepted = [name for name, kind in TABLES.items() if kind == (self.family, self.bits) and self.vec == 1]
         if self.family == "codebook":
+            if (self.vec, self.books) == (8, 1):
+                accepted += [name for name, bits in GRIDS.items() if bits == self.bits]
             accepted += [ROW_TABLE, ""]
         elif self.family == "trellis":
             accepted += STATE_VALUES
@@ -147,7 +166,14 @@ class Spec:
     def two_level(self) -> tuple[str, int] | None:
         """(dtype of the super scale, scales per super scale), or None where the scale has one level."""
         match = _TWO_LEVEL.fullmatch(self.scale)
-        return (match[1], int(match[2])) if match else None
+        return (match[3], int(match[4])) if match else None
+
+    @property
+    def scale_code(self) -> tuple[int, int]:
+        """(bits, what is subtracted) of the codes of a two-level scale; those of its mins are never less than 0."""
+        match = _TWO_LEVEL.fullmatch(self.scale)
+        assert match, self.scale
+        return int(match[2]), 1 << (int(match[2]) - 1) if match[1] == "s" else 0
 
     @property
     def width(self) -> int:
@@ -243,7 +269,7 @@ def _token(token: str, text: str) -> dict[str, object]:
             return {field: int(match[1])}
     if _TWO_LEVEL.fullmatch(token):
         return {"scale": token}
-    if token in (*TABLES, *STATE_VALUES, ROW_TABLE):
+    if token in (*TABLES, *GRIDS, *STATE_VALUES, ROW_TABLE):
         return {"table": token}
     known = [f.name for f in fields(Spec)]
     raise UserError(f"spec {text!r}: token {token!r} is none of the values of {', '.join(known)}")

@@ -39,6 +39,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048  # tokens in one step; longer prompts are prefilled in chunks
     block_size: int = 16  # tokens per KV block
     num_blocks: int | None = None  # KV blocks; None takes what max_num_seqs full sequences need, or what fits
+    enforce_eager: bool = False  # never repeat a recorded decode step (serve/recorded.py)
     gpu_memory_utilization: float = 0.9  # share of the device's memory (CPU: of the memory available) to use
 
 
@@ -86,7 +87,7 @@ class Engine:
         self.blocks = BlockManager(num_blocks, config.block_size)
         self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.blocks, self.max_model_len)
         cache = KVCache(codec, shapes, num_blocks, config.block_size, self.model.device)
-        self.runner = Runner(self.model, cache)
+        self.runner = Runner(self.model, cache, self.max_model_len, config.enforce_eager)
         self._requests: dict[str, _Request] = {}
 
     def check_request(self, prompt_ids: list[int], params: SamplingParams) -> None:

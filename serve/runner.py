@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.batch import Batch, PagedCache, Step, running
+from .recorded import Recorded
 from .scheduler import Seq
 
 Work = tuple[Seq, int]  # a sequence and how many of its tokens to run
@@ -49,18 +50,30 @@ def make_batch(work: Sequence[Work], block_size: int, device: torch.device) -> B
 
 
 class Runner:
-    """A paged model and its cache."""
+    """A paged model and its cache.
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
+    max_model_len: tokens of the longest sequence. eager: never repeat a recorded step.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, max_model_len: int, eager: bool = False) -> None:
         self.model, self.cache = model, cache
+        records = not eager and model.device.type == "cpu"
+        self._recorded = Recorded(self._forward, -(-max_model_len // cache.block_size)) if records else None
 
     def run(self, work: Sequence[Work]) -> Tensor:
-        """Run `work` (ordered by `order_work`) -> float32 logits `[len(work), vocab]` of each sequence's last token."""
+        """Run `work` (ordered by `order_work`) -> float32 logits `[len(work), vocab]` of each sequence's last token.
+
+        The next call may overwrite them.
+        """
         return self.forward(make_batch(work, self.cache.block_size, self.model.device))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """float32 logits of the rows `batch.last`."""
+        """float32 logits of the rows `batch.last`; the next call may overwrite them."""
+        found = self._recorded.run(batch) if self._recorded else None
+        return self._forward(batch) if found is None else found
+
+    def _forward(self, batch: Batch) -> Tensor:
         with running(Step(batch, self.cache)):
             logits: Tensor = self.model(
                 input_ids=batch.ids.unsqueeze(0),

@@ -150,7 +150,7 @@ def test_quantizing_is_refused() -> None:
     spec = Spec.parse("codebook8.v8.x2.channel")
     message = (
         "codebook8.v8.x2.channel: its table comes with a checkpoint, and nothing here chooses one; "
-        "to quantize, name a table (nf4, fp4) or take another family"
+        "to quantize, name a table (nf4, fp4, iq4nl, sign) or take another family"
     )
     with pytest.raises(UserError, match=re.escape(message)):
         family(spec).grid.fit(torch.randn(8, 64), spec)

@@ -70,6 +70,13 @@ SPECS = [
     "codebook4.nf4.g64.f32.flat",
     "codebook4.fp4.g32",
     "codebook4.nf4.g16.u8:f32:8.flat",
+    "affine4.g32.min",
+    "affine5.g24.min.bf16",
+    "affine2.g32.one",
+    "minifloat4.e2m1.g32.e8m0",
+    "minifloat4.e2m1.g16.ue4m3",
+    "codebook4.iq4nl.g32",
+    "codebook1.sign.g16",
 ]
 
 
@@ -111,12 +118,20 @@ def element(q: QTensor, row: int, column: int) -> numpy.float32:
         level = f32(q.parts["scale_table"][int(stored)]) * f32(q.parts["super_scales"][block])
         scale = level + f32(q.parts["scale_offset"])
     else:
-        scale = f32(2.0 ** (int(stored) - 127)) if spec.scale == "e8m0" else f32(stored.float())
+        scale = {"e8m0": lambda: f32(2.0 ** (int(stored) - 127)), "ue4m3": lambda: f32(float8(int(stored), 4))}.get(
+            spec.scale, lambda: f32(stored.float())
+        )()
+    if spec.table == "e2m1":
+        # Two bits of exponent, biased by 1, one of mantissa.
+        size = (code & 1) / 2 if code & 6 == 0 else 2.0 ** ((code >> 1 & 3) - 1) * (1 + (code & 1) / 2)
+        return f32(-size if code & 8 else size) * scale
     if spec.family == "minifloat":
         return f32(float8(code, 4 if spec.table == "e4m3" else 5)) * scale
     if spec.family == "codebook":
-        return f32(q.parts["table"][code]) * scale
-    zero = {"none": f32(0), "sym": f32(2 ** (spec.bits - 1))}.get(spec.zero)
+        return f32(q.parts.get("table", torch.tensor(codebook.VALUES.get(spec.table)))[code]) * scale
+    if spec.zero == "min":
+        return f32(code) * scale + f32(q.parts["mins"][place].float())
+    zero = {"none": f32(0), "one": f32(1), "sym": f32(2 ** (spec.bits - 1))}.get(spec.zero)
     return (f32(code) - (f32(q.parts["zeros"][place].float()) if zero is None else zero)) * scale
 
 
@@ -259,7 +274,9 @@ def test_nearest_is_nearest(text: str) -> None:
     best = torch.full_like(matrix, torch.inf)
     for code in range(1 << spec.bits):
         number = kind.value(spec, torch.full_like(codes, code), params.parts)
-        candidate = kind.scale(number, params.scale, zero)
+        candidate = kind.scale(number, params.scale, None if spec.zero == "min" else zero)
+        if spec.zero == "min" and params.zero is not None:
+            candidate = candidate + params.zero
         assert torch.equal(candidate.expand_as(values)[codes == code], values[codes == code])
         if number.isfinite().all():
             best = torch.minimum(best, (candidate - matrix).abs())

@@ -156,12 +156,14 @@ def test_bench_table_compares_engines_of_one_run() -> None:
     rows = []
     for case, (ours, theirs) in cases.items():
         fields = {"model": "1.1b", "method": "", "metric": case, "n": 3}
-        rows.append(replace(ROW, **fields, spec="affine4.g128.sym", task="bench/decode/bitsmith/2 threads", value=ours))
-        rows.append(replace(ROW, **fields, spec="bf16", task="bench/decode/transformers/2 threads", value=theirs))
+        rows.append(
+            replace(ROW, **fields, spec="affine4.g128.sym", task="bench/decode/bitsmith/2 threads/w", value=ours)
+        )
+        rows.append(replace(ROW, **fields, spec="bf16", task="bench/decode/transformers/2 threads/w", value=theirs))
     rows[1] = replace(rows[1], n=0)
     assert table_for("bench", rows).splitlines()[2:] == [
-        "| 1.1b | bitsmith | `affine4.g128.sym` | 2 threads | 40.0 | 100.0 |",
-        "| 1.1b | transformers | `bf16` | 2 threads | 20.0 (ours 2.00x) (disturbed) | 200.0 (ours 0.50x) |",
+        "| 1.1b | bitsmith | `affine4.g128.sym` | x, 2 threads | 40.0 | 100.0 |",
+        "| 1.1b | transformers | `bf16` | x, 2 threads | 20.0 (ours 2.00x) (disturbed) | 200.0 (ours 0.50x) |",
     ]
 
 
@@ -177,6 +179,19 @@ def test_bench_table_keeps_runs_apart() -> None:
     ]  # fmt: skip
 
 
+def test_speed_of_another_processor_is_another_figure() -> None:
+    """A run elsewhere neither replaces nor is compared with one here."""
+    rows = [
+        replace(ROW, model="1.1b", method="", metric="decode-b1", n=3, value=value, machine={"cpu": cpu}, task=f"bench/decode/{engine}/2 threads/w")
+        for cpu, values in (("x", (40.0, 20.0)), ("y", (30.0, 10.0)))
+        for engine, value in zip(("bitsmith", "llama.cpp"), values, strict=True)
+    ]  # fmt: skip
+    assert [line.split(" | ")[-2:] for line in table_for("bench", rows).splitlines()[2:]] == [
+        ["x, 2 threads", "40.0 |"], ["x, 2 threads", "20.0 (ours 2.00x) |"],
+        ["y, 2 threads", "30.0 |"], ["y, 2 threads", "10.0 (ours 3.00x) |"],
+    ]  # fmt: skip
+
+
 def test_kernels_table_compares_with_the_unquantized_product() -> None:
     rows = [
         replace(ROW, model="4096x4096", method="", spec="affine4.g128.sym", metric=metric, task=f"kernels/{name}/cpu/2 threads", value=value)
@@ -184,7 +199,7 @@ def test_kernels_table_compares_with_the_unquantized_product() -> None:
         for name, value in zip(("bitsmith", "linear"), times, strict=True)
     ]  # fmt: skip
     assert table_for("kernels", rows).splitlines()[2:] == [
-        "| `affine4.g128.sym` | 4096x4096 | cpu/2 threads | 200 (2.5x) | 300 (2x) |"
+        "| `affine4.g128.sym` | 4096x4096 | x, cpu, 2 threads | 200 (2.5x) | 300 (2x) |"
     ]
 
 

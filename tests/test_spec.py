@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from bitsmith.errors import UserError
-from bitsmith.kernels.spec import SCALES, STATE_VALUES, TABLES, ZEROS, Spec
+from bitsmith.kernels.spec import GRIDS, SCALES, STATE_VALUES, TABLES, ZEROS, Spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 KINDS = (
     [("affine", b, "", 1, 1) for b in range(1, 9)]
     + [(kind, b, name, 1, 1) for name, (kind, b) in TABLES.items()]
+    + [("codebook", b, name, 8, 1) for name, b in GRIDS.items()]
     + [("codebook", b, "", 1, 1) for b in (2, 16)]
     + [("codebook", 16, "", 8, 1), ("codebook", 8, "", 8, 2), ("codebook", 12, "", 4, 2), ("codebook", 4, "", 2, 8)]
 )
@@ -28,7 +29,13 @@ POST_STEPS = st.sampled_from([(), ("outhad128",), ("outscale",), ("outhad4096", 
     group=st.one_of(st.just(-1), st.integers(1, 4096)),
     rows=st.sampled_from([1, -1, 2, 128]),
     scale=st.one_of(
-        st.sampled_from(SCALES), st.builds("u8:{}:{}".format, st.sampled_from(["f16", "f32"]), st.integers(1, 999))
+        st.sampled_from(SCALES),
+        st.builds(
+            "{}:{}:{}".format,
+            st.sampled_from(["u3", "u4", "u6", "u8", "s4", "s6", "s8"]),
+            st.sampled_from(["f16", "bf16", "f32"]),
+            st.integers(1, 999),
+        ),
     ),
     zero=st.sampled_from(ZEROS),
     view=st.sampled_from(["", "flat", "axis0"]),
@@ -83,6 +90,12 @@ def test_spec_examples() -> None:
     assert Spec.parse("minifloat8.e4m3.g128x128.f32") == Spec("minifloat", 8, 128, 128, "f32", table="e4m3")
     assert Spec.parse("minifloat8.e4m3.tensor").rows == -1
     nf4 = Spec.parse("codebook4.nf4.g64.u8:f32:256")
+    q6k = Spec.parse("affine6.g16.sym.s8:f16:16")
+    assert q6k.two_level == ("f16", 16) and (q6k.scale_code, nf4.scale_code) == ((8, 128), (8, 0))
+    assert Spec.parse("affine4.g32.min.u6:f16:8") == Spec("affine", 4, 32, scale="u6:f16:8", zero="min")
+    assert Spec.parse("minifloat4.e2m1.g16.ue4m3") == Spec("minifloat", 4, 16, scale="ue4m3", table="e2m1")
+    iq3s = Spec.parse("codebook26.iq3s.v8.g32.u4:f16:8")
+    assert iq3s == Spec("codebook", 26, 32, scale="u4:f16:8", table="iq3s", vec=8) and iq3s.width == 26
     assert nf4.two_level == ("f32", 256) and Spec.parse("affine4.g32").two_level is None
     assert str(Spec.parse("affine4.g128.sym.perm").without_perm()) == "affine4.g128.sym"
     aqlm = Spec.parse("codebook8.v8.x2.channel")
@@ -103,8 +116,10 @@ MESSAGES = {
     "four.g32": "spec 'four.g32': must begin with a family and its bits, as in affine4; families: affine, minifloat",
     "affine4.nf4.g32": "table 'nf4' does not fit affine4; accepted: none",
     "minifloat8.g32": "table '' does not fit minifloat8; accepted: e4m3, e5m2",
-    "codebook4.e4m3.g32": "table 'e4m3' does not fit codebook4; accepted: nf4, fp4, rowtable",
+    "codebook4.e4m3.g32": "table 'e4m3' does not fit codebook4; accepted: nf4, fp4, iq4nl, rowtable",
     "codebook17.channel": "bits is 17; accepted: 1 to 16",
+    "codebook17.iq2s.v8.g16": "table 'iq2s' does not fit codebook17; accepted: rowtable",
+    "codebook18.iq2s.g16": "table 'iq2s' does not fit codebook18; accepted: rowtable",
     "codebook8.v3.channel": "1 codes for 3 weights; accepted: v2, v4 or v8 weights and x2 or more codes",
     "codebook8.x2.channel": "several weights a code (v8) are of the codebook family, several codes (x2) of such vectors",
     "affine8.v8.channel": "several weights a code (v8) are of the codebook family",
@@ -130,11 +145,11 @@ def test_spec_messages(text: str) -> None:
 FIELD_MESSAGES: dict[str, tuple[Callable[[], Spec], str]] = {
     "scale": (
         lambda: Spec("affine", 4, scale="f64"),
-        "unknown scale storage 'f64'; accepted: f16, bf16, f32, e8m0 or u8:f32:256",
+        "unknown scale storage 'f64'; accepted: f16, bf16, f32, e8m0, ue4m3 or two levels, as u8:f32:256",
     ),
     "zero": (
         lambda: Spec("affine", 4, zero="z"),
-        "unknown zero point 'z'; accepted: none, sym, asym, zf16, zbf16, zf32",
+        "unknown zero point 'z'; accepted: none, sym, one, asym, zf16, zbf16, zf32, min",
     ),
     "view": (lambda: Spec("affine", 4, view="axis2"), "unknown view 'axis2'; accepted: flat, axis0 or none"),
     "pre": (lambda: Spec("affine", 4, pre=("rotate",)), "unknown input step 'rotate'; accepted: inscale, perm, had128"),

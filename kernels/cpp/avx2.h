@@ -103,6 +103,11 @@ BITSMITH_256_INLINE Scales scales16(const Weight& w, int64_t nb, int64_t g, int6
   for (int h = 0; h < 2; ++h) {
     found.scale[h] = load8(w.scales, at + 8 * h, w.scale_dtype);
     found.zero[h] = w.zeros ? load8(w.zeros, at + 8 * h, w.zero_dtype) : _mm256_set1_ps(w.zero);
+    if (w.mins) {
+      const __m256 none = _mm256_cmp_ps(found.scale[h], _mm256_setzero_ps(), _CMP_EQ_OQ), sign = _mm256_set1_ps(-0.0f);
+      found.scale[h] = _mm256_blendv_ps(found.scale[h], _mm256_set1_ps(NO_SCALE), none);
+      found.zero[h] = _mm256_xor_ps(_mm256_div_ps(found.zero[h], found.scale[h]), sign);
+    }
   }
   return found;
 }

@@ -123,6 +123,11 @@ BITSMITH_512_INLINE void scales16(const Weight& w, int64_t nb, int64_t g, int64_
   scale = w.scale_rows == 1 ? load16(w.scales, at, w.scale_dtype) : _mm512_set1_ps(load(w.scales, at, w.scale_dtype));
   if (!w.zeros) zero = _mm512_set1_ps(w.zero);
   else zero = w.scale_rows == 1 ? load16(w.zeros, at, w.zero_dtype) : _mm512_set1_ps(load(w.zeros, at, w.zero_dtype));
+  if (w.mins) {
+    const __mmask16 none = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_EQ_OQ);
+    scale = _mm512_mask_mov_ps(scale, none, _mm512_set1_ps(NO_SCALE));
+    zero = _mm512_div_ps(_mm512_sub_ps(_mm512_setzero_ps(), zero), scale);
+  }
 }
 
 BITSMITH_512_INLINE void store16(void* y, int64_t at, int32_t dtype, __m512 v, int64_t count) {

@@ -21,7 +21,7 @@
 
 namespace bitsmith {
 
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4 };
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4, E4M3_BYTE = 5 };
 // INT8: activations rounded to int8 a chunk, codes taken as integers. BFLOAT: activations in bfloat16, codes through a table.
 enum Kind : int32_t { INT8 = 0, BFLOAT = 1 };
 
@@ -31,7 +31,7 @@ constexpr int64_t ROWS = 16, BLOCK = 32;
 struct Weight {
   const uint8_t* codes;
   const void* scales;          // [blocks][groups][16], or [row tiles][groups] where scale_rows > 1
-  const void* zeros;           // like scales, or null: `zero` for all
+  const void* zeros;           // like scales, or null: `zero` for all; where `mins`, what is added to code * scale
   const void* supers;          // second level of the scales, or null
   const float* scale_table;    // [256], or null: the code is the number
   const uint16_t* values;      // bfloat16 [256] of BFLOAT
@@ -39,7 +39,7 @@ struct Weight {
   int64_t scale_rows;          // output rows that share a scale: 1, or a multiple of 16
   int64_t per_super;           // scales of a super scale, in row-major order of [n, groups]
   float zero, scale_offset;
-  int32_t bits, kind, scale_dtype, zero_dtype, super_dtype;
+  int32_t bits, kind, scale_dtype, zero_dtype, super_dtype, mins;
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t k_blocks() const { return (k + BLOCK - 1) / BLOCK; }
@@ -96,12 +96,19 @@ inline uint16_t float_to_bfloat(float v) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// Through float16, whose exponent's bias is 8 larger.
+inline float e4m3_to_float(uint8_t e) {
+  if ((e & 0x7f) == 0x7f) return std::nanf("");
+  return half_to_float(static_cast<uint16_t>((e & 0x80) << 8 | (e & 0x7f) << 7)) * 256.0f;
+}
+
 inline float load(const void* p, int64_t i, int32_t dtype) {
   switch (dtype) {
     case F32: return static_cast<const float*>(p)[i];
     case BF16: return bfloat_to_float(static_cast<const uint16_t*>(p)[i]);
     case F16: return half_to_float(static_cast<const uint16_t*>(p)[i]);
     case U8: return static_cast<const uint8_t*>(p)[i];
+    case E4M3_BYTE: return e4m3_to_float(static_cast<const uint8_t*>(p)[i]);
     default: return std::ldexp(1.0f, static_cast<const uint8_t*>(p)[i] - 127);
   }
 }
@@ -125,6 +132,14 @@ inline float rounded(float product) {
   return product;
 }
 
+// A min as the zero point that has the same effect. Where the scale is 0 the min is all there is: a scale of 2^-60 leaves it so.
+constexpr float NO_SCALE = 0x1p-60f;
+
+inline void zero_of_min(float& scale, float& zero) {
+  if (scale == 0) scale = NO_SCALE;
+  zero = -zero / scale;
+}
+
 // Scales and zero points of 16 rows in one group, as float32.
 inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, float* zero) {
   const int64_t groups = w.groups();
@@ -138,6 +153,7 @@ inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, floa
     }
     scale[r] = s;
     zero[r] = w.zeros ? load(w.zeros, at, w.zero_dtype) : w.zero;
+    if (w.mins) zero_of_min(scale[r], zero[r]);
   }
 }
 

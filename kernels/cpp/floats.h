@@ -26,6 +26,7 @@ struct Source {
   // TABLE, E4M3, E5M2: float32 [256]. ROW_TABLE: [n][2^bits]. VECTORS: [books][2^bits][vec].
   const void* table;
   int64_t words;
+  float factor;  // of all scales that have one level
   int32_t form, table_kind, vec, books;  // table_kind: States of TRELLIS, Dtype of ROW_TABLE and VECTORS
 };
 

@@ -12,6 +12,7 @@
 #include "layer.h"
 #include "pack.h"
 #include "pool.h"
+#include "two_level.h"
 
 #if defined(_WIN32)
 #define BITSMITH_API extern "C" __declspec(dllexport)
@@ -117,7 +118,7 @@ int32_t choose(const Weight& w, int64_t m) {
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 4; }
+BITSMITH_API int32_t bitsmith_abi() { return 6; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -214,6 +215,53 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
+// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; otherwise AVX2, which the machine must have.
+BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
+                                            int32_t threads, int32_t path) {
+  const two_level::Weight& w = *weight;
+  auto prepare = two_level::prepare;
+  auto rows = two_level::rows;
+#if BITSMITH_X86
+  if (path != GENERIC) {
+    prepare = two_level::vectors::prepare;
+    rows = two_level::vectors::rows_of(w);
+  }
+#endif
+  static thread_local two_level::Input buffers;
+  two_level::Input& in = buffers;
+  two_level::shape(w, m, in);
+  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
+  const int64_t count = w.row_blocks();
+  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+  pool().run(tasks, threads, [&](int64_t task) {
+    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(w, in, nb, y, y_dtype);
+  });
+}
+
+// Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
+BITSMITH_API void bitsmith_pack_levels(const uint8_t* codes, int64_t n, int64_t groups, int32_t per, int32_t bits, uint8_t* out) {
+  const int64_t size = per * ROWS * bits / 8;
+  for (int64_t nb = 0; nb < (n + ROWS - 1) / ROWS; ++nb)
+    for (int64_t g = 0; g < groups; g += per, out += size) {
+      uint8_t block[16][ROWS] = {};
+      for (int64_t i = 0; i < per; ++i)
+        for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) block[i][r] = codes[(nb * ROWS + r) * groups + g + i];
+      two_level::pack_sub_codes(block, bits, per, out);
+    }
+}
+
+// The inverse of bitsmith_pack_levels.
+BITSMITH_API void bitsmith_unpack_levels(const uint8_t* packed, int64_t n, int64_t groups, int32_t per, int32_t bits, uint8_t* out) {
+  const int64_t size = per * ROWS * bits / 8;
+  for (int64_t nb = 0; nb < (n + ROWS - 1) / ROWS; ++nb)
+    for (int64_t g = 0; g < groups; g += per, packed += size) {
+      uint8_t block[16][ROWS];
+      two_level::sub_codes(packed, bits, per, block);
+      for (int64_t i = 0; i < per; ++i)
+        for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) out[(nb * ROWS + r) * groups + g + i] = block[i][r];
+    }
+}
+
 // Row i of x lies at i / inner * outer_stride + i % inner * inner_stride; y is dense. bfloat16.
 BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint16_t* y, int64_t rows, int64_t width, int64_t inner,
                                 int64_t outer_stride, int64_t inner_stride, float eps, int32_t form, int32_t threads) {
@@ -253,7 +301,7 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
   pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
     static thread_local std::vector<float> scratch;
     static thread_local std::vector<int64_t> slots;
-    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + std::max(a.key_dim, a.value_dim));
+    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + layer::KEYS * std::max(a.key_dim, a.value_dim));
     if (scratch.size() < size) scratch.resize(size);
     if (static_cast<int64_t>(slots.size()) < keys + 16) slots.resize(static_cast<size_t>(keys + 16));
     const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;

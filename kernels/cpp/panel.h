@@ -50,6 +50,10 @@ BITSMITH_TARGET inline V numbers(const void* p, int64_t i, int32_t dtype) {
   }
   const U byte = __builtin_convertvector(get<Byte>(static_cast<const uint8_t*>(p) + i), U);
   if (dtype == U8) return __builtin_convertvector(reinterpret_cast<I>(byte), V);
+  if (dtype == E4M3_BYTE) {
+    const V v = wide(__builtin_convertvector((byte & 0x80u) << 8 | (byte & 0x7fu) << 7, Half)) * 256.0f;
+    return reinterpret_cast<V>(reinterpret_cast<U>(v) | (reinterpret_cast<U>((byte & 0x7fu) == 0x7fu) & 0x7fc00000u));
+  }
   // 2^-127 is below the normal numbers.
   return reinterpret_cast<V>(byte << 23 | (reinterpret_cast<U>(byte == 0) & 0x00400000u));
 }
@@ -91,10 +95,11 @@ BITSMITH_TARGET inline V pick(const float* table, U index) {
 // Scales and zero points of 16 outputs, followed along the inputs.
 struct Scales {
   const Weight& w;
+  const float factor;
   int64_t nb, group, next;
   V scale[PARTS], zero[PARTS];
 
-  BITSMITH_TARGET Scales(const Weight& weight, int64_t block, int64_t k0) : w(weight), nb(block), group(k0 / weight.group), next(k0) {}
+  BITSMITH_TARGET Scales(const Source& s, int64_t block, int64_t k0) : w(s.w), factor(s.factor), nb(block), group(k0 / s.w.group), next(k0) {}
 
   // Those of the group that input k lies in. Inputs are asked for in their order from k0 on, the first of each group among them.
   BITSMITH_TARGET inline void at(int64_t k) {
@@ -109,11 +114,11 @@ struct Scales {
     if (w.supers || w.scale_rows != 1) {
       float s[ROWS], z[ROWS];
       scales_of(w, nb, group, s, z);
-      for (int p = 0; p < PARTS; ++p) scale[p] = get<V>(s + p * LANES), zero[p] = get<V>(z + p * LANES);
+      for (int p = 0; p < PARTS; ++p) scale[p] = get<V>(s + p * LANES) * factor, zero[p] = get<V>(z + p * LANES);
       return;
     }
     for (int p = 0; p < PARTS; ++p) {
-      scale[p] = numbers(w.scales, at + p * LANES, w.scale_dtype);
+      scale[p] = numbers(w.scales, at + p * LANES, w.scale_dtype) * factor;
       zero[p] = zeros(at + p * LANES);
     }
   }

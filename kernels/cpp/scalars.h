@@ -29,6 +29,16 @@ struct Affine {
   }
 };
 
+struct Min {
+  const Scales& scales;
+  BITSMITH_TARGET Min(const Source&, int64_t, const Scales& s) : scales(s) {}
+  template <int BITS>
+  BITSMITH_TARGET V value(U code, int part) const {
+    const U alone = code & ((1u << BITS) - 1);
+    return unfused(__builtin_convertvector(reinterpret_cast<I>(alone), V) * scales.scale[part]) + scales.zero[part];
+  }
+};
+
 struct Table {
   const float* table;
   const Scales& scales;
@@ -64,7 +74,7 @@ struct RowTable {
 
 template <class Values, int BITS>
 BITSMITH_TARGET void scalars(const Source& s, int64_t nb, int64_t k0, int64_t count, float* panel) {
-  Scales scales(s.w, nb, k0);
+  Scales scales(s, nb, k0);
   const Values values(s, nb, scales);
   // Octets of inputs: two byte vectors.
   for (int64_t k = k0; k < k0 + count; k += 8, panel += 8 * ROWS) {
@@ -82,7 +92,7 @@ BITSMITH_TARGET void scalars(const Source& s, int64_t nb, int64_t k0, int64_t co
 template <bool WIDE_EXPONENT>
 BITSMITH_TARGET void fp8(const Source& s, int64_t nb, int64_t k0, int64_t count, float* panel) {
   const __m256i sides = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
-  Scales scales(s.w, nb, k0);
+  Scales scales(s, nb, k0);
   for (int64_t k = k0; k < k0 + count; k += 4, panel += 4 * ROWS) {
     scales.at(k);
     const uint8_t* from = s.w.block(nb, k / BLOCK) + k % BLOCK / 4 * 64;

@@ -237,6 +237,35 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
   }
 }
 
+// One row of activations: what `two_level::prepare` does.
+BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
+    const int64_t at = row * w.k + c * CHUNK;
+    __m256 largest = _mm256_setzero_ps();
+    for (int64_t i = 0; i < CHUNK; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    const float peak = std::max(_mm_cvtss_f32(four), _mm_cvtss_f32(_mm_movehdup_ps(four)));
+    const __m256 inverse = _mm256_set1_ps(peak > 0 ? 127 / peak : 0);
+    in.step[row * (w.k / CHUNK) + c] = peak / 127;
+    for (int64_t i = 0; i < CHUNK; i += 32) {
+      __m256i q[4];
+      for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(avx2::load8(x, at + i + 8 * j, dtype), inverse));
+      const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+      const __m256i bytes = _mm256_permutevar8x32_epi32(packed, order);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(in.q.data() + row * in.stride + c * CHUNK + i), bytes);
+      __m256i sums = avx2::widened(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes));
+      sums = _mm256_hadd_epi32(sums, sums);
+      sums = _mm256_hadd_epi32(sums, sums);
+      int16_t* to = in.sums.data() + row * (w.k / 16) + (c * CHUNK + i) / 16;
+      to[0] = static_cast<int16_t>(_mm256_extract_epi32(sums, 0));
+      to[1] = static_cast<int16_t>(_mm256_extract_epi32(sums, 4));
+    }
+  }
+}
+
 template <int BITS, int GROUP, int SUB, bool TABLE>
 BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   static thread_local std::vector<float> totals;

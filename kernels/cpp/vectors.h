@@ -78,7 +78,7 @@ BITSMITH_TARGET void vectors(const Source& s, int64_t nb, int64_t k0, int64_t co
     const uint32_t* row = reinterpret_cast<const uint32_t*>(s.w.codes) + std::min(nb * ROWS + r, s.w.n - 1) * s.words;
     read_codes(row, s.words, bits * books, k0 / VEC, have, codes[r]);
   }
-  Scales scales(s.w, nb, k0);
+  Scales scales(s, nb, k0);
   for (int64_t o = 0; o < octets; ++o, panel += 8 * ROWS) {
     scales.at(k0 + o * 8);
 #pragma GCC unroll 4
@@ -104,7 +104,7 @@ Decode vectors_of(int32_t dtype) {
 inline Decode decode_of(const Source& s) {
   const int32_t kind = s.table_kind;
   switch (s.form) {
-    case AFFINE: return scalars_of<Affine>(s.w.bits);
+    case AFFINE: return s.w.mins ? scalars_of<Min>(s.w.bits) : scalars_of<Affine>(s.w.bits);
     case TABLE: return scalars_of<Table>(s.w.bits);
     case ROW_TABLE: return scalars_of<RowTable>(s.w.bits);
     case E4M3: return fp8<false>;

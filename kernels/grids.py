@@ -1,0 +1,88 @@
+"""Named grids: tables of a few hundred small integer vectors, one code for 8 weights (GGUF's IQ1, IQ2 and IQ3 types).
+
+A code holds, lowest bits first, one index of a vector of 8 or two of vectors of 4, then the signs:
+
+    8 bits   bit i set: weight i of the vector is negative
+    7 bits   the same of the first seven; the eighth makes the number of minus signs even
+    shift    one bit: 1/8 is added to all weights, or subtracted where it is set
+
+The vectors are llama.cpp's (MIT), as the `gguf` package holds them; they were found there by search, so no rule gives
+them. Scale codes of these tables stand for odd multiples of half a step: (code + 1/2) * factor.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+SHIFT = 0.125
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a code of one named grid is read."""
+
+    # Class of gguf.quants that holds the vectors.
+    source: str
+    index_bits: int
+    # Indices of a code.
+    indices: int
+    # Sign bits: 8, 7, or 0 where there is a shift bit instead.
+    signs: int
+    factor: float
+
+    @property
+    def bits(self) -> int:
+        return self.index_bits * self.indices + (self.signs or 1)
+
+
+TABLES = {
+    "iq2xxs": Table("IQ2_XXS", 8, 1, 7, 0.25),
+    "iq2xs": Table("IQ2_XS", 9, 1, 7, 0.25),
+    "iq2s": Table("IQ2_S", 10, 1, 8, 0.25),
+    "iq3xxs": Table("IQ3_XXS", 8, 2, 7, 0.5),
+    "iq3s": Table("IQ3_S", 9, 2, 8, 2.0),
+    "iq1s": Table("IQ1_S", 11, 1, 0, 2.0),
+    "iq1m": Table("IQ1_M", 11, 1, 0, 2.0),
+}
+
+
+def vectors(name: str, device: torch.device | str = "cpu") -> Tensor:
+    """float32 [2**index_bits, 8 or 4]: the vectors of a named grid, magnitudes where signs are apart."""
+    return _vectors(name).to(device)
+
+
+@cache
+def _vectors(name: str) -> Tensor:
+    from gguf import quants
+
+    source = getattr(quants, TABLES[name].source)
+    source.init_grid()
+    return torch.from_numpy(source.grid).reshape(source.grid_shape).clone()
+
+
+@cache
+def _signs(bits: int) -> Tensor:
+    """float32 [2**bits, 8] of 1 and -1."""
+    code = torch.arange(1 << bits)
+    negative = torch.stack([code >> i & 1 for i in range(bits)], 1)
+    if bits == 7:
+        negative = torch.cat([negative, negative.sum(1, keepdim=True) & 1], 1)
+    return (1 - 2 * negative).float()
+
+
+def value(name: str, codes: Tensor) -> Tensor:
+    """codes int32 [R, V] -> float32 [R, V, 8]."""
+    table, entries = TABLES[name], vectors(name, codes.device)
+    mask = (1 << table.index_bits) - 1
+    found = torch.cat([entries[codes >> (i * table.index_bits) & mask] for i in range(table.indices)], -1)
+    rest = codes >> (table.index_bits * table.indices)
+    if table.signs:
+        return found.mul_(_signs(table.signs).to(codes.device)[rest & ((1 << table.signs) - 1)])
+    return found.add_((SHIFT - 2 * SHIFT * (rest & 1))[..., None])
+
+
+def scale_numbers(name: str, codes: Tensor) -> Tensor:
+    """What the codes of a grid's two-level scales stand for, float32, exact."""
+    return (codes.float() + 0.5) * TABLES[name].factor

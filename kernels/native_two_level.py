@@ -1,0 +1,180 @@
+"""Products of the native library for scales that are small integers times one float of 256 inputs (GGUF's K-quants and
+IQ4_XS), with int8 activations: cpp/two_level.h.
+
+    weight   2 to 6 bits in groups of 16 or 32, scales of 4, 6 or 8 bits, a float16 super scale for 256 inputs; mins
+             of the same kind, a fixed zero point, or the IQ4_NL table
+    x        rounded to int8 with a step for 128 inputs of a row; integer dot products are exact
+
+The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import bits, codebook, native, ops
+from .families import family, level_codes
+from .qtensor import QTensor
+from .spec import Spec
+
+SUPER = 256
+# (bits, group, bits of a scale's code): what vectors of two_level.h are compiled for, and there with the table.
+_FORMS = {(2, 16, 4), (3, 16, 6), (4, 32, 6), (5, 32, 6), (6, 16, 8)}
+_TABLE_FORMS = {(4, 32, 6)}
+_LEVELS = ("scales", "mins")
+
+
+class _Weight(ctypes.Structure):
+    """`two_level::Weight` of cpp/two_level.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "mins", "supers", "super_mins", "table")),
+        *((name, ctypes.c_int64) for name in ("n", "k")),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "sub_bits", "offset", "zero")),
+    )
+
+
+@dataclass(frozen=True)
+class TwoLevelLinear:
+    """x -> x @ W.T of a weight in the library's layout. Made by `pack`."""
+
+    name = "native-a8"
+    spec: Spec
+    shape: tuple[int, int]
+    extra: Mapping[str, Tensor]
+    # codes, scales and mins uint8 (cpp/two_level.h), super_scales and super_mins float16 [blocks, super blocks, 16].
+    parts: Mapping[str, Tensor]
+    # What `linear` takes.
+    _header: Tensor = field(repr=False)
+    _tensors: list[Tensor | None] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.parts.values())
+
+    def __call__(self, x: Tensor, path: str = "") -> Tensor:
+        """x [M, K] contiguous, float32, bfloat16 or float16, columns in packed order -> [M, N] in x's dtype.
+
+        path: "generic" for the plain loops that define the result, for tests.
+        """
+        if path:
+            return _linear(x, self._header, self._tensors, self.shape[0], native.PATHS.index(path))
+        y: Tensor = linear(x, self._header, self._tensors, self.shape[0])
+        return y
+
+    def qtensor(self) -> QTensor:
+        """The QTensor this was made from, bit for bit."""
+        n, k = self.shape
+        parts = {}
+        for name, part in self.parts.items():
+            if name == "codes":
+                parts[name] = native.unpack_codes(part, n, k, self.spec.bits)
+            elif name in _LEVELS:
+                parts[name] = _stored(_codes_back(part, self.spec, n, k), self.spec)
+            else:
+                parts[name] = part.transpose(1, 2).flatten(0, 1)[:n].flatten()
+        return QTensor(self.spec, self.shape, parts, self.extra)
+
+
+def supports(q: QTensor) -> bool:
+    """Whether `pack` can take `q` on this machine (which must have AVX2) and int8 activations are allowed."""
+    spec = q.spec
+    level = spec.two_level
+    if (
+        level is None
+        or spec.rows != 1
+        or spec.view
+        or q.shape[1] % SUPER
+        or (level[0], spec.group * level[1]) != ("f16", SUPER)
+    ):
+        return False
+    if "scale_table" in q.parts or native.best_path() in ("", "generic") or not native.int8_activations():
+        return False
+    form = (spec.bits, spec.group, spec.scale_code[0])
+    if spec.family == "codebook":
+        return spec.table == "iq4nl" and form in _TABLE_FORMS
+    return spec.family == "affine" and spec.zero in ("min", "sym", "one", "none") and form in _FORMS
+
+
+def pack(q: QTensor) -> TwoLevelLinear:
+    """`q` in the library's layout; `supports(q)` must be true."""
+    spec, (n, k) = q.spec, q.shape
+    parts = {}
+    for name, part in q.parts.items():
+        if name == "codes":
+            parts[name] = native.pack_codes(part, n, k, spec.bits)
+        elif name in _LEVELS:
+            parts[name] = _packed_codes(level_codes(spec, part, q.parts[f"super_{name}"]), spec)
+        else:
+            parts[name] = native.by_block(part.view(n, -1))
+    width, offset = spec.scale_code
+    weight = _Weight(
+        n=n, k=k, bits=spec.bits, group=spec.group, sub_bits=width, offset=offset,
+        zero=int(family(spec).fixed_zero(spec) or 0),
+        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
+    )  # fmt: skip
+    if "mins" in parts:
+        weight.mins, weight.super_mins = parts["mins"].data_ptr(), parts["super_mins"].data_ptr()
+    held = list(parts.values())
+    if spec.family == "codebook":
+        held.append(codebook.table(spec).to(torch.int8))
+        weight.table = held[-1].data_ptr()
+    return TwoLevelLinear(spec, q.shape, q.extra, parts, *native.operands(weight, held))
+
+
+def rounded_activations(x: Tensor) -> Tensor:
+    """The torch twin of what these products do to x [M, K]: float32, 128 inputs of a row rounded to 255 steps."""
+    return native.rounded_activations(x, 128)
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    _linear_call(y, x, header, tensors, path)()
+    return y
+
+
+def _linear_call(
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
+) -> Callable[[], object]:
+    lib = native.library()
+    assert lib is not None
+    weight = native.structure(_Weight, header, tensors)
+    return native.product_call(lib.bitsmith_two_level_linear, weight, y, x, path)
+
+
+# x [M, K] contiguous, columns in packed order; header and tensors from `native.operands` -> [M, n] in x's dtype.
+linear = ops.define(
+    "native_two_level(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor",
+    _linear,
+    native.linear_fake,
+    lambda results, x, header, tensors, n: _linear_call(results[0], x, header, tensors),
+)
+
+
+def _packed_codes(codes: Tensor, spec: Spec) -> Tensor:
+    """uint8 [N, G] -> the bytes of cpp/two_level.h."""
+    lib = native.library()
+    assert lib is not None
+    n, groups = codes.shape
+    width, per = spec.scale_code[0], SUPER // spec.group
+    out = torch.empty(-(-n // native.ROWS) * native.ROWS * groups * width // 8, dtype=torch.uint8)
+    lib.bitsmith_pack_levels(codes.contiguous().data_ptr(), n, groups, per, width, out.data_ptr())
+    return out
+
+
+def _codes_back(packed: Tensor, spec: Spec, n: int, k: int) -> Tensor:
+    """The inverse of `_packed_codes`."""
+    lib = native.library()
+    assert lib is not None
+    codes = torch.empty(n, k // spec.group, dtype=torch.uint8)
+    per = SUPER // spec.group
+    lib.bitsmith_unpack_levels(packed.data_ptr(), n, codes.shape[1], per, spec.scale_code[0], codes.data_ptr())
+    return codes
+
+
+def _stored(codes: Tensor, spec: Spec) -> Tensor:
+    width = spec.scale_code[0]
+    return codes if width == 8 else bits.pack(codes, width)

@@ -1,0 +1,125 @@
+"""Functions recorded and repeated: the same numbers as running them, for other contents; what cannot be is refused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bitsmith.kernels import native_layer
+from bitsmith.kernels.recording import Recording, Unrecordable, record
+from bitsmith.serve import recorded
+from bitsmith.serve.engine import Engine, EngineConfig
+from torch import Tensor
+
+from .test_paged import greedy, poison, prompts, staggered
+
+SMALL = EngineConfig(max_model_len=96, max_num_seqs=4, max_num_batched_tokens=16, block_size=4, num_blocks=100)
+WITHOUT_PYTHON = [
+    lambda x: x.view(2, 8).t().contiguous() @ x.view(2, 8),
+    lambda x: x.split(4)[1].add_(1).cumsum(0),
+    lambda x: torch.cat([x[3:], x.new_zeros(2), x.topk(3).values]),
+    lambda x: x.clone().index_copy_(0, torch.tensor([5, 1]), x[:2] * 2),
+    lambda x: x[x.argsort()].to(torch.bfloat16).float(),
+    lambda x: torch.empty(4).copy_(x[:4]).exp_(),
+]
+WITH_PYTHON = [
+    lambda x: x * x.sum().item(),
+    lambda x: x[: x.argmax().tolist()],
+    lambda x: x + 1 if x[0] > 0 else x,
+    lambda x: x[: int(x[0].abs())],
+    lambda x: torch.from_numpy(x.numpy() + 1),
+    lambda x: x[x > 0],
+    lambda x: x.nonzero(),
+    lambda x: x + torch.rand(16),
+    lambda x: x * float(x[0]),
+    lambda x: x.repeat_interleave((x > 0).long()),
+]
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.parametrize("function", WITHOUT_PYTHON)
+def test_repeats_with_new_contents(function: Callable[[Tensor], Tensor]) -> None:
+    own = torch.randn(16)
+    first = own.clone()
+    recording = record(lambda: function(own))
+    assert torch.equal(recording.output, function(first))
+    for _ in range(3):
+        x = torch.randn(16)
+        own.copy_(x)
+        recording.output.fill_(torch.nan)
+        assert torch.equal(recording(), function(x))
+
+
+@pytest.mark.parametrize("function", WITH_PYTHON)
+def test_refuses_what_depends_on_contents(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(Unrecordable):
+        record(lambda: function(torch.arange(16.0)))
+
+
+def build(tiny_model: Callable[..., Any], name: str) -> Any:
+    return tiny_model(name).to(torch.bfloat16)
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="decode steps need the native library's attention")
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Mistral", "Gemma2", "Phi3", "GptOss"])
+def test_served_tokens_are_those_of_eager_steps(
+    name: str, tiny_model: Callable[..., Any], byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated: list[Tensor] = []
+    monkeypatch.setattr(Recording, "__call__", counted(Recording.__call__, repeated))
+    outputs: list[list[list[int]]] = []
+    logits: list[list[Tensor]] = []
+    for eager in (False, True):
+        engine = Engine(build(tiny_model, name), byte_tokenizer, replace(SMALL, enforce_eager=eager))
+        poison(engine)
+        seen: list[Tensor] = []
+        engine.runner.forward = counted(engine.runner.forward, seen)  # type: ignore[method-assign]
+        outputs.append(staggered(engine, prompts()))
+        logits.append(seen)
+    assert outputs[0] == outputs[1]
+    assert all(map(torch.equal, *logits)) and len(logits[0]) == len(logits[1])
+    assert len(repeated) > 5
+
+
+def counted(function: Any, seen: list[Any]) -> Any:
+    """`function`, its results also put into `seen`."""
+
+    def call(*args: Any) -> Any:
+        result = function(*args)
+        seen.append(result.clone())
+        return result
+
+    return call
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="decode steps need the native library's attention")
+def test_recordings_that_were_not_used_for_longest_go(
+    tiny_model: Callable[..., Any], byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "_KEPT", 5)
+    engine = Engine(build(tiny_model, "Llama"), byte_tokenizer, SMALL)
+    found = engine.runner._recorded
+    assert found is not None
+    kept = []
+    for count in (1, 2, 3, 2, 4):
+        for name in range(count):
+            engine.add_request(str(name), [5, 6], greedy(3))
+        while engine.has_work():
+            engine.step()
+        kept.append([rows for rows, _ in found._found])
+    assert kept == [[1], [1, 2], [2, 3], [3, 2], [4]]
+
+
+def test_float32_models_run_as_before(tiny_model: Callable[..., Any], byte_tokenizer: Any) -> None:
+    """Their attention gathers in Python."""
+    engine = Engine(tiny_model("Llama"), byte_tokenizer, SMALL)
+    engine.add_request("a", [5, 6], greedy(3))
+    while engine.has_work():
+        engine.step()
+    assert engine.runner._recorded is not None and not engine.runner._recorded._possible
