@@ -6,6 +6,7 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "common.h"
+#include "floats.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
@@ -145,7 +146,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 7; }
+BITSMITH_API int32_t bitsmith_abi() { return 8; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -181,6 +182,34 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
       rows(w, in, i * wide, y, y_dtype);
     }
   });
+}
+
+// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
+                                  int32_t plain) {
+  const Source& s = *source;
+  Decode decode = floats::decode_of(s);
+  auto prepare = floats::prepare;
+  auto rows = floats::rows;
+#if BITSMITH_X86
+  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+#endif
+  static thread_local Slab buffers;
+  Slab& slab = buffers;
+  const int64_t count = s.w.row_blocks();
+  for (int64_t first = 0; first < m; first += SLAB) {
+    const auto at = [&](const void* p, int64_t row, int32_t dtype) { return static_cast<const char*>(p) + row * (dtype == F32 ? 4 : 2); };
+    const void* from = at(x, first * s.w.k, x_dtype);
+    void* to = const_cast<char*>(at(y, first * s.w.n, y_dtype));
+    slab.shape(std::min(SLAB, m - first), s.w.k);
+    pool().run(slab.blocks, slab.m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t block) { prepare(from, x_dtype, block, slab); });
+    const int64_t wide = slab.m <= FEW_ROWS ? 1 : PANELS;
+    const int64_t share = std::max<int64_t>(1, count / ((slab.m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+    pool().run(tasks, threads, [&](int64_t task) {
+      const int64_t stop = std::min(count, (task + 1) * share);
+      for (int64_t nb = task * share; nb < stop; nb += wide) rows(decode, s, slab, nb, std::min(wide, stop - nb), to, y_dtype);
+    });
+  }
 }
 
 // Bit stream int32 [n, ceil(k * bits / 32)] of any strides (in words) -> codes of common.h; rows and inputs beyond n and k are zeros.
