@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs
-"""Affine on a device: (code - zero) * scale in float32, as in affine.py; a zero stored, fixed (`sym`) or absent."""
+"""Affine on a device: (code - zero) * scale or code * scale + min in float32, as in affine.py; a zero stored, fixed
+(`sym`, `one`) or absent."""
 
 from . import tiles
 from .lang import jit, tl
@@ -19,7 +20,10 @@ def scale(values, parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr):
         values -= 1 << (SPEC.bits - 1)
     elif SPEC.zero == "one":
         values -= 1
-    return values * tiles.expand(tiles.scales(parts, g, rn, N, K, SPEC), BK)
+    values *= tiles.expand(tiles.scales(parts, g, rn, N, K, SPEC), BK)
+    if parts.mins is not None:
+        values += tiles.expand(tiles.mins(parts, g, rn, N, K, SPEC), BK)
+    return values
 
 
 TRIPLE = tiles.Triple(tiles.unpack, value, scale)

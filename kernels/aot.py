@@ -25,7 +25,7 @@ from typing import Any
 
 from ..errors import UserError
 from .cases import Case, Target, Weight
-from .codebook import VALUES
+from .codebook import FIXED, VALUES
 from .lang import HAVE_TRITON, interpreted, need_triton
 from .spec import Spec
 from .tiles import Parts
@@ -76,7 +76,7 @@ SPECS = (
 # Modules with an `aot_cases`, in the order of the table.
 # The last by name alone, being above this folder: codecs bring device code of their own.
 MODULES = ("cuda", "grouped", "scaled", "fused", "transform_device", "paged", ".kv_quant.base")
-_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e8m0": "*u8", "asym": "*u8"}
+_POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e8m0": "*u8", "ue4m3": "*u8", "asym": "*u8"}
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,18 @@ def _source(case: Case) -> Any:
 def _pointers(spec: Spec) -> Parts:
     """Pointer types of the parts a QTensor of this spec has."""
     level = spec.two_level
+    scales = None if spec.family == "trellis" else "*u8" if level else _POINTERS[spec.scale]
+    mapped = level and spec.family == "codebook" and spec.table not in FIXED
     return Parts(
         codes="*i32",
-        scales=None if spec.family == "trellis" else "*u8" if level else _POINTERS[spec.scale],
+        scales=scales,
         zeros=_POINTERS.get(spec.zero.removeprefix("z")),
         table=_POINTERS["f32" if spec.table in VALUES else "f16"] if spec.family == "codebook" else None,
         super_scales=_POINTERS[level[0]] if level else None,
-        scale_table="*fp32" if level and spec.family == "codebook" else None,
-        scale_offset="*fp32" if level and spec.family == "codebook" else None,
+        scale_table="*fp32" if mapped else None,
+        scale_offset="*fp32" if mapped else None,
+        mins=scales if spec.zero == "min" else None,
+        super_mins=_POINTERS[level[0]] if level and spec.zero == "min" else None,
     )
 
 

@@ -27,6 +27,9 @@ class Params:
     zero: Tensor | None = None
     # Extra stored parts: table, super_scales, scale codes of a two-level scale ...
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    # Codes of the whole matrix, as `build` takes them, where `fit` had to choose them too: with vectors, and where a
+    # format rounds by a scale that it does not store. What rounds to nearest takes them.
+    codes: Tensor | None = None
 
     def columns(self, start: int, stop: int) -> "Params":
         """Columns start..stop of spread params; a [R, 1] entry serves every column."""

@@ -76,6 +76,11 @@ def grouped(
         scale_offset=parts.scale_offset
         if parts.scale_offset is None
         else parts.scale_offset + e * strides.scale_offset,
+        mins=parts.mins if parts.mins is None else parts.mins + e * strides.mins,
+        super_mins=parts.super_mins if parts.super_mins is None else parts.super_mins + e * strides.super_mins,
+        global_scale=parts.global_scale
+        if parts.global_scale is None
+        else parts.global_scale + e * strides.global_scale,
     )
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
     last = tl.where(expert < E, tl.cdiv(K, BK), 0)

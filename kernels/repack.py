@@ -1,8 +1,9 @@
 """QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
-device. Bytes stay what they were, but for K padded to a multiple of 32. Nothing is expanded: a scale shared by 128
-rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
+device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 4- and 6-bit codes of two-level
+scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02). Nothing is expanded:
+a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 
 from collections.abc import Mapping
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 
 from . import bits
-from .codebook import FIXED
-from .families import family
+from .codebook import FIXED, table
+from .families import family, level_codes
 from .lang import HAVE_TRITON, INSTALL
 from .qtensor import QTensor, core, matrix_shape, whole_words, with_steps
-from .spec import Spec
+from .spec import GRIDS, Spec
 from .tiles import Parts, plane_rows, widths
 from .transform import sides
 
-_METADATA = ("scales", "zeros")
+_LEVELS = ("scales", "mins")
+_METADATA = ("scales", "zeros", "mins")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,8 @@ def layout_problem(q: QTensor) -> str:
     spec = q.spec
     if spec.view == "axis0":
         return f"{spec}: groups along axis 0 give each input its own scale, so a tile has as many scales as weights"
-    if spec.zero == "min" or (spec.two_level and spec.scale_code != (8, 0)):
-        return f"{spec}: the kernels know neither mins nor scale codes of such a kind"
-    if spec.scale == "ue4m3" or spec.table == "e2m1" or spec.table in FIXED or "global_scale" in q.parts:
-        return f"{spec}: the kernels have no decoder for its codes or scales"
+    if spec.table in GRIDS:
+        return f"{spec}: the kernels have no decoder for codes of a grid"
     if spec.view == "flat" and (q.shape[1] % spec.group or not whole_words(spec, spec.group)):
         return f"{spec}: rows of {q.shape[1]} are not whole groups, so groups straddle rows"
     return ""
@@ -77,6 +77,11 @@ def pack(q: QTensor) -> Packed:
     spec = replace(inner.spec, view="")
     n, k = inner.shape
     parts = dict(inner.parts)
+    if spec.table in FIXED:
+        parts["table"] = table(spec).to(parts["codes"].device)
+    for name in _LEVELS:
+        if name in parts and spec.two_level:
+            parts[name] = level_codes(spec, parts[name], parts[f"super_{name}"])
     for name in _METADATA:
         if name in parts:
             # A flat view of whole groups is the plain one: row r of [N * K / group, 1] is group r % G of output r // G.
@@ -93,6 +98,11 @@ def unpack(packed: Packed) -> QTensor:
     for name in _METADATA:
         if name in parts:
             parts[name] = parts[name].T.contiguous()
+    if packed.spec.table in FIXED:
+        del parts["table"]
+    for name in _LEVELS:
+        if name in parts and packed.spec.two_level and packed.spec.scale_code[0] < 8:
+            parts[name] = bits.pack(parts[name], packed.spec.scale_code[0])
     if family(packed.spec).code_tile is None:
         parts["codes"] = _stream(parts["codes"], packed.spec, packed.shape[1])
     if packed.original.view == "flat":

@@ -11,9 +11,12 @@ A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a 
             Where a code stands for `Spec.vec` inputs and holds the bits of all books, planes are up to 32 bits wide,
             12 is 8 + 4, 24 is 16 + 8, and a plane has ceil(ceil(K / 32) * width / vec) rows.
             The trellis keeps tiles of its own (trellis_device.py).
-    scales, zeros   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; the trellis has none
+    scales, zeros, mins   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; the trellis has none.
+                    The codes of two levels are bytes here, however narrow
     table           [2**bits], [N, 2**bits] or [books, 2**bits, vec], any float dtype
     super_scales, scale_table, scale_offset   second level of the scales, by the row-major order of [R', G]
+    super_mins      that of the mins
+    global_scale    [1], multiplies one-level scales
 
 K and N are masked: words, scales and zero points beyond them read as 0, and whoever multiplies masks its input.
 """
@@ -33,6 +36,9 @@ class Parts(NamedTuple):
     super_scales: Any = None
     scale_table: Any = None
     scale_offset: Any = None
+    mins: Any = None
+    super_mins: Any = None
+    global_scale: Any = None
 
 
 class Triple(NamedTuple):
@@ -141,22 +147,58 @@ def metadata(pointer, g, rn, N, K, SPEC: tl.constexpr):
 def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
     """Effective scales float32 [GT, BN], in the steps of `families.scales`."""
     stored = metadata(parts.scales, g, rn, N, K, SPEC)
+    if parts.super_scales is None:
+        one = _one_level(stored, SPEC)
+        if parts.global_scale is not None:
+            one *= tl.load(parts.global_scale).to(tl.float32)
+        return one
+    else:
+        if parts.scale_table is not None:
+            code = tl.load(parts.scale_table + stored.to(tl.int32))
+        else:
+            code = stored.to(tl.float32) - SPEC.scale_code[1]
+        effective = code * _supers(parts.super_scales, g, rn, N, K, SPEC)
+        if parts.scale_offset is not None:
+            effective += tl.load(parts.scale_offset).to(tl.float32)
+        return effective
+
+
+@jit
+def mins(parts, g, rn, N, K, SPEC: tl.constexpr):
+    """Effective mins float32 [GT, BN], in the steps of `families.mins`."""
+    stored = metadata(parts.mins, g, rn, N, K, SPEC)
+    if parts.super_mins is None:
+        return _one_level(stored, SPEC)
+    else:
+        return stored.to(tl.float32) * _supers(parts.super_mins, g, rn, N, K, SPEC)
+
+
+@jit
+def _one_level(stored, SPEC: tl.constexpr):
     if SPEC.scale == "e8m0":
         # 2**(byte - 127) as float32 bits; byte 0 is the subnormal 2**-127.
         byte = stored.to(tl.int32)
         return tl.where(byte == 0, 1 << 22, byte << 23).to(tl.float32, bitcast=True)
-    elif parts.super_scales is None:
-        return stored.to(tl.float32)
+    elif SPEC.scale == "ue4m3":
+        return e4m3(stored.to(tl.int32))
     else:
-        code = stored.to(tl.float32)
-        if parts.scale_table is not None:
-            code = tl.load(parts.scale_table + stored.to(tl.int32))
-        inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
-        place = (rn // SPEC.rows if SPEC.rows != -1 else rn * 0)[None, :] * _count(K, SPEC) + g[:, None]
-        effective = code * tl.load(parts.super_scales + place // SPEC.two_level[1], mask=inside, other=0).to(tl.float32)
-        if parts.scale_offset is not None:
-            effective += tl.load(parts.scale_offset).to(tl.float32)
-        return effective
+        return stored.to(tl.float32)
+
+
+@jit
+def e4m3(codes):
+    """int32 -> float32, by the layout of float16: its exponent is one bit longer and biased by 15 instead of 7."""
+    half = ((codes & 0x7F) << 7) | ((codes & 0x80) << 8)
+    number = half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((codes & 0x7F) == 0x7F, float("nan"), number)
+
+
+@jit
+def _supers(pointer, g, rn, N, K, SPEC: tl.constexpr):
+    """float32 [GT, BN] of a second level."""
+    inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
+    place = (rn // SPEC.rows if SPEC.rows != -1 else rn * 0)[None, :] * _count(K, SPEC) + g[:, None]
+    return tl.load(pointer + place // SPEC.two_level[1], mask=inside, other=0).to(tl.float32)
 
 
 @jit

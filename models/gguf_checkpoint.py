@@ -106,9 +106,10 @@ class GGUFCheckpoint:
         counts: Counter[str] = Counter()
         for info in packed.values():
             counts[info.type_name] += info.nbytes
-        usual = counts.most_common(1)[0][0]
-        odd = tuple((name, spec(info.type_name)) for name, info in packed.items() if info.type_name != usual)
-        return Recipe("gguf", (*odd, ("*", spec(usual))), method="gguf")
+        usual = spec(counts.most_common(1)[0][0])
+        assert usual is not None
+        modules = {name: found for name, info in packed.items() if (found := spec(info.type_name))}
+        return Recipe("gguf", (("*", usual),), method="gguf", modules=modules)
 
     @property
     def files(self) -> list[Path]:

@@ -53,9 +53,13 @@ def pieces(planned: Planned, source: AnyCheckpoint) -> Iterator[Tensor]:
         assert planned.value is not None
         yield planned.value
         return
-    link = planned.link
-    for weight in link.weights:
-        yield transformed(link, source.dense(weight, (link.shape[0], math.prod(link.shape[1:]))))
+    for weight in planned.link.weights:
+        yield piece_of(planned.link, weight, source)
+
+
+def piece_of(link: Link, weight: str, source: AnyCheckpoint) -> Tensor:
+    """One weight of a tensor in float32, as the file has it."""
+    return transformed(link, source.dense(weight, (link.shape[0], math.prod(link.shape[1:]))))
 
 
 def transformed(link: Link, weight: Tensor) -> Tensor:

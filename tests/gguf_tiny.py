@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from bitsmith.models.checkpoint import open_checkpoint
-from bitsmith.models.gguf_export import export
+from bitsmith.models.gguf_export import export, header
 from bitsmith.models.gguf_plan import Planned, pieces, plan
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def write(source: Path, path: Path, kind: str = "F32", tokenizer: Any = None) ->
         for p in planned
         if len(p.shape) > 1 and not p.name.endswith(("norm.weight", "gate_inp.weight", ".bias"))
     }
-    export(ckpt, tokenizer, path, types, 0, lambda p, k: packed(p, k, pieces(p, ckpt)))
+    export(header(ckpt, tokenizer, types, 0), ckpt, path, lambda p, k: packed(p, k, pieces(p, ckpt)))
     return path
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from bitsmith.models.gguf_file import read_gguf
 from bitsmith.models.inspect import inspect_checkpoint
 from bitsmith.models.linear import QuantLinear
 from bitsmith.models.load import load_model, load_tokenizer
+from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.llm import LLM
 
-sys.path.insert(0, str(Path(__file__).parent))
-import gguf_tiny as tiny  # noqa: E402
-from gguf_models import llama_quantize  # noqa: E402
+from . import gguf_tiny as tiny
+from .gguf_models import llama_quantize
 
 IDS = [(7 * i + 3) % 250 for i in range(100)]
 # llama.cpp computes GELU from a table of float16.
@@ -105,7 +104,7 @@ def test_what_gguf_cannot_say_is_refused(saved: Callable[..., Path], tmp_path: P
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'.*read as 'silu'"),
         ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar is 20.*read as 32"),
         ("qwen3-moe", {"norm_topk_prob": False}, "norm_topk_prob is False"),
-        ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers|has no name"),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "has no name for it"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
         ("gpt-oss", {"rope_parameters": {**tiny._YARN, "truncate": True}}, "truncate is True"),
     ]  # fmt: skip
@@ -145,7 +144,8 @@ def test_packed_experts_norms_and_tied_heads(name: str, saved: Callable[..., Pat
     assert relative(logits(found), logits(tiny.model(name))) < 0.1
     assert any(isinstance(m, QuantLinear) for m in found.modules())
     served = load_model(path, dtype="bfloat16")
-    assert relative(logits(served).float(), logits(found)) < 0.15
+    # Routing in bfloat16 sends some tokens to other experts.
+    assert relative(logits(served).float(), logits(found)) < 0.25
 
 
 @needs_llama_cpp
@@ -163,7 +163,8 @@ def test_files_of_llama_cpps_quantizer(file_type: int, saved: Callable[..., Path
         tensor = tensors[f"blk.1.{name}.weight"]
         decoded = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         assert torch.equal(found.get_submodule(f"model.layers.1.{module}").weight, decoded), name
-    assert relative(tiny.llama_cpp_logits(path, IDS), logits(found)) < 0.05
+    # 6 to 9 % with these random weights; a wrong row order is all of it.
+    assert relative(tiny.llama_cpp_logits(path, IDS), logits(found)) < 0.15
 
 
 def test_parts_of_a_split_model(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -237,6 +238,7 @@ def test_generating_from_a_file(tmp_path: Path, shared: Callable[[str], Path]) -
     """Packed weights in the engine, and the tokenizer of the file."""
     source = shared("models/stories260k")
     path = tiny.write(source, tmp_path / "stories.gguf", "F16", load_tokenizer(source))
-    said = [LLM(model, device="cpu").generate("Once upon a time") for model in (source, path)]
+    greedy = SamplingParams(temperature=0.0, max_tokens=24)
+    said = [LLM(model, device="cpu").generate("Once upon a time", greedy) for model in (source, path)]
     assert said[0][0].text == said[1][0].text and len(said[0][0].text) > 20
     assert open_checkpoint(path).generation_config().eos_token_id == [2]  # type: ignore[union-attr]

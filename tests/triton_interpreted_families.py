@@ -13,7 +13,8 @@ from bitsmith.kernels import repack, transform, transform_device
 from bitsmith.kernels.cuda import CudaMatmul
 from bitsmith.kernels.dispatch import prepare
 from bitsmith.kernels.qtensor import QTensor, core
-from bitsmith.kernels.spec import STATE_VALUES, Spec
+from bitsmith.kernels.spec import GRIDS, STATE_VALUES, Spec
+from bitsmith.quant_formats import gguf_blocks
 from torch import Tensor
 
 
@@ -25,11 +26,12 @@ def _module(name: str) -> Any:
     return module
 
 
-helpers, codebooks, trellises, steps = map(
-    _module, ("triton_interpreted", "test_codebook_vector", "test_trellis", "test_transform")
+helpers, codebooks, trellises, steps, gguf_bytes = map(
+    _module, ("triton_interpreted", "test_codebook_vector", "test_trellis", "test_transform", "gguf_bytes")
 )
 _poison = helpers._poison
 EXL3 = trellises.EXL3
+GGUF = [name for name, block in gguf_blocks.BLOCKS.items() if block.spec.table not in GRIDS]
 
 
 def check_decode(q: QTensor) -> None:
@@ -78,6 +80,24 @@ def test_every_width_of_vector(width: int, vec: int, books: int) -> None:
 )
 def test_codebook_product(text: str, rows: int) -> None:
     check_product(codebooks.random_codebook(text, (39, 172)), rows, torch.float16)
+
+
+def random_gguf(name: str, shape: tuple[int, int]) -> QTensor:
+    return gguf_blocks.unpack(name, gguf_bytes.random_rows(name, *shape, calm=True), shape)
+
+
+@pytest.mark.parametrize("name", GGUF)
+def test_gguf_blocks_decode_as_their_twin(name: str) -> None:
+    """37 outputs: no multiple of a tile."""
+    q = random_gguf(name, (37, 512))
+    check_decode(q)
+    for rows in (1, 17):
+        check_product(q, rows, torch.float16)
+
+
+def test_scale_of_a_whole_tensor() -> None:
+    q = random_gguf("NVFP4", (37, 128))
+    check_decode(QTensor(q.spec, q.shape, {**q.parts, "global_scale": torch.tensor(0.37)}))
 
 
 @pytest.mark.parametrize("name", STATE_VALUES)
