@@ -105,26 +105,20 @@ def quality_table(rows: Sequence[Quality]) -> Table:
 
 
 def _gguf_table(rows: Sequence[Quality]) -> Table:
-    """One line per file type: its bits and perplexity as the first method made it, and KLD and seconds of each."""
+    """One line per file type: its bits and perplexity as the first method made it, and KLD of each."""
     methods = list(dict.fromkeys(q.method for q in rows))
     found = {(q.spec, q.method): q for q in rows}
     firsts = {q.spec: q for q in reversed(rows)}
     cells = [
         [
-            f"`{q.spec}`",
-            _cell(q.bpw, ".2f"),
-            _cell(q.ppl, ".2f"),
-            *(_with_seconds(found.get((q.spec, method))) for method in methods),
+            f"`{spec.removeprefix(_GGUF)}`",
+            _cell(first.bpw, ".2f"),
+            _cell(first.ppl, ".2f"),
+            *(_cell(q.kld if (q := found.get((spec, method))) else None, ".3g") for method in methods),
         ]
-        for q in sorted(firsts.values(), key=lambda q: (-(q.bpw or 0), q.spec))
+        for spec, first in sorted(firsts.items(), key=lambda item: (-(item[1].bpw or 0), item[0]))
     ]
     return [["file type", "bits/weight", "PPL", *(f"KLD, {method}" for method in methods)], *cells]
-
-
-def _with_seconds(quality: Quality | None) -> str:
-    if quality is None:
-        return "–"
-    return _cell(quality.kld, ".3g") + ("" if quality.seconds is None else f" ({quality.seconds:.1f} s)")
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:
