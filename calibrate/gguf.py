@@ -91,12 +91,13 @@ def importances(tensors: tuple[Planned, ...], imatrix: Imatrix) -> dict[str, Squ
         if rows is None or each.link is None:
             continue
         for weight, row in zip(each.link.weights, rows.expand(len(each.link.weights), -1), strict=True):
-            found[weight.removesuffix(".weight")] = _known(row)
-        found[each.name] = _known(rows.mean(0))
+            found[weight.removesuffix(".weight")] = known(row)
+        found[each.name] = known(rows.mean(0))
     return found
 
 
-def _known(row: Tensor) -> Squares:
+def known(row: Tensor) -> Squares:
+    """Inputs of which the mean squares [K] are known."""
     return Squares(row.shape[0], 1, row.double())
 
 
@@ -105,7 +106,7 @@ Packed = Callable[[str], Tensor | None]
 
 
 def rows(
-    each: Planned, kind: str, ckpt: AnyCheckpoint, packed: Packed, known: Mapping[str, Squares]
+    each: Planned, kind: str, ckpt: AnyCheckpoint, packed: Packed, inputs: Mapping[str, Squares]
 ) -> Iterator[Tensor]:
     """uint8 [.., bytes of a row] of a tensor as type `kind`: of its modules, or rounded here."""
     assert each.link is not None
@@ -118,7 +119,7 @@ def rows(
         numbers = piece_of(each.link, weight, ckpt)
         numbers = numbers.reshape(-1, numbers.shape[-1])
         for piece in numbers.split(max(1, _PIECE // numbers.shape[1])):
-            yield gguf_blocks.pack(kind, rounded(piece, kind, known.get(module) or known.get(each.name)))
+            yield gguf_blocks.pack(kind, rounded(piece, kind, inputs.get(module) or inputs.get(each.name)))
 
 
 def rounded(numbers: Tensor, kind: str, known: Squares | None) -> QTensor:

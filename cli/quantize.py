@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(args).items() if name not in ("command", "src", "out", "threads")}
     if "damp_percent" in options:
         options["settings"] = Settings(damp_percent=options.pop("damp_percent"))
-    options["gguf"] = _gguf_options(options)
+    gguf = _gguf_options(options)
+    if gguf is not None:
+        options["gguf"] = gguf
     summary = quantize(args.src, args.out, **options)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in summary.items() if isinstance(value, int | float))
     note(f"wrote {args.out}: {shown}")

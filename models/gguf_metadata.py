@@ -14,7 +14,7 @@ from .gguf_archs import Arch
 from .gguf_config import read_config
 from .gguf_file import GGUF, TYPES, TensorInfo
 from .gguf_plan import Planned
-from .gguf_rope import head_dim_of, rope_metadata
+from .gguf_rope import head_dim_of, plain_parameters, rope_metadata
 from .gguf_write import ALIGNMENT, Metadata, as_read
 
 _LOG = logging.getLogger(__name__)
@@ -109,16 +109,21 @@ def _refuse_loss(config: PretrainedConfig, metadata: Metadata, planned: list[Pla
     """Read the metadata back as a file's; UserError where the config that comes out computes something else."""
     tensors = {p.name: _info(p, where) for p in planned}
     back = AutoConfig.for_model(**read_config(GGUF([Path(where)], as_read(metadata), tensors))[0])
-    one, two = config.to_dict(), back.to_dict()
-    for key in sorted(one.keys() & two.keys() - _NOT_COMPARED):
-        if not key.endswith(_DROPOUT) and not _same(one[key], two[key]):
+    one, two = _compared(config), _compared(back)
+    for key in sorted(one.keys() & two.keys()):
+        if not _same(one[key], two[key]):
             raise UserError(
                 f"{where}: {key} is {one[key]!r:.80}, which a GGUF file of this architecture cannot say: it would be "
                 f"read as {two[key]!r:.80}. Fix: use another format"
             )
-    kinds = [dict(c.rope_parameters).get("full_attention", c.rope_parameters)["rope_type"] for c in (config, back)]
-    if kinds[0] != kinds[1]:
-        raise UserError(f"{where}: rope_type {kinds[0]!r} would be read as {kinds[1]!r}. Fix: use another format")
+
+
+def _compared(config: PretrainedConfig) -> dict[str, Any]:
+    found = {k: v for k, v in config.to_dict().items() if k not in _NOT_COMPARED and not k.endswith(_DROPOUT)}
+    rope = plain_parameters(config)
+    exact = rope["rope_type"] == "yarn" and not rope.get("truncate", True)
+    found |= {"head_dim": head_dim_of(config), "rope_type": rope["rope_type"], "rope_parameters.truncate": not exact}
+    return found
 
 
 def _info(planned: Planned, where: str) -> TensorInfo:

@@ -134,9 +134,12 @@ def serving_dtype(path: str | Path, device: str | torch.device) -> torch.dtype |
 
 def build(ckpt: AnyCheckpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...)
-    computed.
+    computed. Where it has no "sdpa" (soft caps, sinks), its attention is "eager".
     """
     config = ckpt.pretrained_config()
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if attn_implementation == "sdpa" and not getattr(kind, "_supports_sdpa", True):
+        attn_implementation = "eager"
     with torch.device("meta"):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
