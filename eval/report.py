@@ -2,7 +2,8 @@
 
 One quality table per model and evaluation, one row per (method, spec): bits per weight, perplexity, KLD against the
 unquantized model, top-1 agreement, seconds the quantization took. The plot puts bits per weight against mean KLD on a
-log scale, one line per method. Other rows (speed, question accuracy) get one table per task. Of rows with the same key
+log scale, one line per method. GGUF files of a model have a table of their own, "MODEL-gguf": one row per file type,
+methods side by side. Other rows (speed, question accuracy) get one table per task. Of rows with the same key
 the newest counts.
 
 A document holds a table between `<!-- table:NAME -->` and `<!-- /table -->`; NAME is a model ("books-8m"), or a task's
@@ -20,7 +21,8 @@ from ..kernels.spec import Spec
 from .results import Result, latest, read
 
 # Order of rows and of the plot's legend; methods not listed follow by name.
-METHODS = ("", "rtn", "hqq", "awq", "gptq")
+METHODS = ("", "rtn", "hqq", "awq", "gguf", "gptq", "size", "llama-quantize")
+_GGUF = "gguf:"
 _MARKED = re.compile(r"(<!-- table:([^\s>]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 # Stands in a document where no row belongs to a table: visible there, so a misspelt name is too.
 UNMEASURED = "*not measured yet*\n"
@@ -56,7 +58,7 @@ def qualities(rows: Iterable[Result]) -> list[Quality]:
             return by_key.get((*identity, task, name))
 
         quality = Quality(
-            model=model,
+            model=f"{model}-gguf" if spec.startswith(_GGUF) else model,
             task=task,
             method=method,
             spec=spec,
@@ -74,12 +76,16 @@ def _order(quality: Quality) -> tuple[object, ...]:
     rank = METHODS.index(quality.method) if quality.method in METHODS else len(METHODS)
     if quality.spec in _DENSE:
         return (quality.model, quality.task, -1, "", 0, 0, quality.spec)
+    if quality.spec.startswith(_GGUF):
+        return (quality.model, quality.task, rank, quality.method, -(quality.bpw or 0), 0, quality.spec)
     spec = Spec.parse(quality.spec)
     return (quality.model, quality.task, rank, quality.method, -spec.bits, spec.group, quality.spec)
 
 
-def quality_table(rows: Iterable[Quality]) -> Table:
+def quality_table(rows: Sequence[Quality]) -> Table:
     """Header and cells. A metric nobody measured is a dash."""
+    if all(q.spec.startswith(_GGUF) for q in rows):
+        return _gguf_table(rows)
     header = ["method", "spec", "bits/weight", "PPL", "KLD", "top-1 agreement", "seconds"]
     return [
         header,
@@ -96,6 +102,23 @@ def quality_table(rows: Iterable[Quality]) -> Table:
             for q in rows
         ),
     ]
+
+
+def _gguf_table(rows: Sequence[Quality]) -> Table:
+    """One line per file type: its bits and perplexity as the first method made it, and KLD of each."""
+    methods = list(dict.fromkeys(q.method for q in rows))
+    found = {(q.spec, q.method): q for q in rows}
+    firsts = {q.spec: q for q in reversed(rows)}
+    cells = [
+        [
+            f"`{spec.removeprefix(_GGUF)}`",
+            _cell(first.bpw, ".2f"),
+            _cell(first.ppl, ".2f"),
+            *(_cell(q.kld if (q := found.get((spec, method))) else None, ".3g") for method in methods),
+        ]
+        for spec, first in sorted(firsts.items(), key=lambda item: (-(item[1].bpw or 0), item[0]))
+    ]
+    return [["file type", "bits/weight", "PPL", *(f"KLD, {method}" for method in methods)], *cells]
 
 
 def _cell(value: float | None, form: str, unit: str = "") -> str:

@@ -2,16 +2,22 @@
 
 Rows of all quantized forms of one model must share its name and say how each was made. Both are read from the
 checkpoint: the recipe its dialect detects, and the notes the quantizer leaves in config.json.
+
+A GGUF file is named by its file type ("gguf:q4_k_m"), since its tensors have several specs, and its bits are those of
+all its tensors, as llama.cpp counts them.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import open_checkpoint
+from ..models.gguf_file import read_gguf
 from ..models.inspect import inspect_checkpoint
 from ..quant_formats.base import Recipe
+from ..quant_formats.gguf_rules import MIXTURES
 from .results import Result, here
 
 _KLD_ERRORS = {
@@ -60,6 +66,8 @@ def subject(path: str, base: str | None = None) -> Subject:
     """Identify the checkpoint at `path`; `base` is the path or name of its unquantized model, where that is known."""
     checkpoint = open_checkpoint(path)
     recipe, config = checkpoint.recipe, checkpoint.config
+    if recipe and recipe.format == "gguf":
+        return _gguf_subject(checkpoint.path, recipe, base)
     spec = str(recipe.default) if recipe else _DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "f32")
     return Subject(
         model=_name(base) if base else str(config.get("bitsmith", {}).get("source", _name(path))),
@@ -67,6 +75,16 @@ def subject(path: str, base: str | None = None) -> Subject:
         method=_method(config, recipe),
         bpw=float(inspect_checkpoint(path)["bpw"]),
     )
+
+
+def _gguf_subject(path: Path, recipe: Recipe, base: str | None) -> Subject:
+    """Identify a GGUF file; a file type that it does not say, or that nobody knows, is the spec most weights have."""
+    file = read_gguf(path)
+    number = file.metadata.get("general.file_type")
+    kind = next((f"gguf:{name}" for name, mix in MIXTURES.items() if mix.ftype == number), str(recipe.default))
+    stored = sum(info.nbytes for info in file.tensors.values())
+    weights = sum(math.prod(info.shape) for info in file.tensors.values())
+    return Subject(_name(base or str(path)), kind, recipe.method, round(8 * stored / weights, 4))
 
 
 def _method(config: Mapping[str, Any], recipe: Recipe | None) -> str:

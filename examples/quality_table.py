@@ -18,7 +18,7 @@ from typing import Any
 from bitsmith import load_model, load_tokenizer, quantize
 from bitsmith.eval.kld import kl_divergence
 from bitsmith.eval.results import FILE_NAME, append, default_dir, read
-from bitsmith.eval.subject import subject
+from bitsmith.eval.subject import Subject, subject
 from bitsmith.eval.text import bos_of, load_text, tokenize
 from torch import Tensor
 
@@ -34,24 +34,19 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--results", type=Path, default=default_dir())
     args = parser.parse_args()
-    file = args.results / FILE_NAME
-    tokenizer, base = load_tokenizer(args.model), Remembered(load_model(args.model, exact=True))
-    ids, bos = tokenize(tokenizer, load_text(args.data)), bos_of(tokenizer)
-    limit = f"/{args.max_tokens}tok" if args.max_tokens else ""
-    task = f"kld/{Path(args.data).stem}/llamacpp/{CONTEXT}{limit}"
-    done = {(r.method, r.spec) for r in read(file) if r.task == task} if file.exists() else set()
+    table = Table(args.model, args.data, args.max_tokens, args.results / FILE_NAME)
     with tempfile.TemporaryDirectory() as scratch:
         for method, bits, group in [(m, b, g) for m in METHODS for b in BITS for g in GROUPS]:
-            if any(m == method and f"affine{bits}.g{group}." in f"{s}." for m, s in done):
+            if any(m == method and f"affine{bits}.g{group}." in f"{s}." for m, s in table.done):
                 continue
             out = Path(scratch) / "form"
             options: dict[str, Any] = {"format": METHODS[method], "method": method, "bits": bits, "group_size": group}
             if options["format"] == "gptq":
                 options |= {"sym": False, "calib": args.calib if method != "rtn" else None}
             summary = quantize(args.model, out, **options, overwrite=True, progress=False)
-            record(file, out, args.model, task, base, ids, bos, args.max_tokens, summary["seconds"])
+            table.record(out, subject(str(out), args.model), summary["seconds"])
             shutil.rmtree(out)
-        record(file, Path(args.model), args.model, task, base, ids, bos, args.max_tokens, None)
+        table.record(Path(args.model), subject(args.model), None)
 
 
 class Remembered:
@@ -67,28 +62,31 @@ class Remembered:
         return self.seen[key]
 
 
-def record(
-    file: Path,
-    path: Path,
-    source: str,
-    task: str,
-    base: Any,
-    ids: Tensor,
-    bos: int | None,
-    limit: int | None,
-    took: float | None,
-) -> None:
-    """Measure the checkpoint at `path` against `base` and append its rows."""
-    start, who = time.perf_counter(), subject(str(path), source)
-    found = kl_divergence(load_model(path, exact=True), base, ids, CONTEXT, max_tokens=limit, batch=8, bos=bos)
-    rows = who.kld_rows(task, found, time.perf_counter() - start)
-    if took is not None:
-        rows += who.rows("quantize", {"seconds": took}, {"seconds": None}, 1, took)
-    append(file, rows)
-    print(
-        f"{who.method or '-':6} {who.spec:24} {who.bpw:6.3f} bits  KLD {found['kld_mean']:.5f}  PPL {found['ppl']:.3f}",
-        flush=True,
-    )
+class Table:
+    """One evaluation of forms of one model, and the file its rows go to."""
+
+    def __init__(self, model: str, data: str, max_tokens: int | None, file: Path) -> None:
+        tokenizer, self.base = load_tokenizer(model), Remembered(load_model(model, exact=True))
+        self.ids, self.bos, self.max_tokens = tokenize(tokenizer, load_text(data)), bos_of(tokenizer), max_tokens
+        self.task = f"kld/{Path(data).stem}/llamacpp/{CONTEXT}" + (f"/{max_tokens}tok" if max_tokens else "")
+        self.file, name = file, Path(model).resolve().name
+        rows = read(file) if file.exists() else []
+        # (method, spec) of the model's forms that have rows.
+        self.done = {(r.method, r.spec) for r in rows if (r.task, r.model) == (self.task, name)}
+
+    def record(self, path: Path, who: Subject, took: float | None) -> None:
+        """Measure the checkpoint at `path`, made in `took` seconds, and append its rows under the name `who`."""
+        start, model = time.perf_counter(), load_model(path, exact=True)
+        found = kl_divergence(model, self.base, self.ids, CONTEXT, max_tokens=self.max_tokens, batch=8, bos=self.bos)
+        rows = who.kld_rows(self.task, found, time.perf_counter() - start)
+        if took is not None:
+            rows += who.rows("quantize", {"seconds": took}, {"seconds": None}, 1, took)
+        append(self.file, rows)
+        print(
+            f"{who.method or '-':14} {who.spec:24} {who.bpw:6.3f} bits  KLD {found['kld_mean']:.5f} "
+            f"± {found['kld_stderr']:.5f}  PPL {found['ppl']:.3f}  {took or 0:.2f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

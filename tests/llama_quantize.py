@@ -1,7 +1,7 @@
 """Run by tests in a child process, since llama.cpp aborts on some inputs: `python llama_quantize.py < jobs.json`.
 
 jobs: a list of {"src", "ftype" (llama_ftype id)} and, as wanted, "dst" (else a dry run), "imatrix" (an .npz of name ->
-float32 values), "pure", "output", "token_embedding" (ggml type ids), "tensors": [[regex, id], ...]. Prints a JSON list:
+float32 values), "threads", "pure", "output", "token_embedding" (ggml type ids), "tensors": [[regex, id], ...]. Prints a JSON list:
 the ggml type names of the tensors by name, in capitals; or null where llama_model_quantize refused or, dry, would.
 """
 
@@ -51,7 +51,7 @@ def logged_types(log: str) -> dict[str, str]:
 
 def quantize(job: dict[str, Any], log: list[str]) -> dict[str, str] | None:
     params = L.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure = 1, job["ftype"], job.get("pure", False)
+    params.nthread, params.ftype, params.pure = job.get("threads", 1), job["ftype"], job.get("pure", False)
     params.dry_run = "dst" not in job
     params.output_tensor_type = job.get("output", params.output_tensor_type)
     params.token_embedding_type = job.get("token_embedding", params.token_embedding_type)

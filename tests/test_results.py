@@ -145,6 +145,25 @@ def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
     assert f"]({picture.name})" in text
 
 
+def test_gguf_files_of_a_model_share_a_table_of_their_own() -> None:
+    rows = sweep()
+    for kind, method, bpw, kld in (
+        ("q2_k", "gguf", 3.36, 0.05),
+        ("q4_k_m", "llama-quantize", 5.0, 0.004),
+        ("q4_k_m", "gguf", 5.0, 0.003),
+    ):
+        form = replace(ROW, spec=f"gguf:{kind}", method=method)
+        metrics = {"kld_mean": kld, "bpw": bpw, "ppl": 20.5}
+        rows += [replace(form, metric=name, value=value) for name, value in metrics.items()]
+    assert table_for("books-8m-gguf", rows).splitlines() == [
+        "| file type | bits/weight | PPL | KLD, gguf | KLD, llama-quantize |",
+        "| --- | --- | --- | --- | --- |",
+        "| `q4_k_m` | 5.00 | 20.50 | 0.003 | 0.004 |",
+        "| `q2_k` | 3.36 | 20.50 | 0.05 | – |",
+    ]
+    assert table_for("books-8m", rows) == table_for("books-8m", sweep())
+
+
 def test_report_without_rows_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text("")
     with pytest.raises(UserError, match=r"no rows in any .jsonl file; run `bitsmith eval kld`"):
