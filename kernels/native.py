@@ -89,7 +89,16 @@ def library() -> ctypes.CDLL | None:
         getattr(lib, f"bitsmith_{name}").argtypes = lib.bitsmith_linear.argtypes
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
-    for name in ("linear", "floats", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels", "grids_linear"):
+    for name in (
+        "linear",
+        "floats",
+        "pack",
+        "unpack",
+        "two_level_linear",
+        "pack_levels",
+        "unpack_levels",
+        "grids_linear",
+    ):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 

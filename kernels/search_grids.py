@@ -34,9 +34,9 @@ class _Side(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """index int64 [B, group / v]; sums over a group [B] of w * x * q and w * q**2, q being the chosen vectors."""
+    """chosen int64 [B, group / v]; sums over a group [B] of w * x * q and w * q**2, q being the chosen vectors."""
 
-    index: Tensor
+    chosen: Tensor
     sxq: Tensor
     sqq: Tensor
 
@@ -73,7 +73,7 @@ def _search(x: Tensor, weight: Tensor, spec: Spec) -> Found:
     sxq, sqq = (torch.stack([sums[i] for _, sums in tried]).gather(0, pick[None])[0] for i in (0, 1))
     scale, found = _store(spec, (sxq / sqq.clamp(min=_LEAST)).clamp(min=0), sqq)
     last = [_nearest(numbers, importance, scale, side) for side in sides]
-    index = torch.stack([choice.index + side.code for choice, side in zip(last, sides, strict=True)])
+    index = torch.stack([choice.chosen + side.code for choice, side in zip(last, sides, strict=True)])
     chosen = index.gather(0, _final(last, scale)[None, :, None].expand(1, *index.shape[1:]))[0]
     codes = _codes(chosen, signs, table)
     found |= {"scales": scale, "codes": codes}

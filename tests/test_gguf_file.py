@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent))
 import gguf_tiny as tiny
 
-
 _ABSURD = [0, 1, 7, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1]
 _SECONDS, _BYTES = 10.0, 64 << 20
 

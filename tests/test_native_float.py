@@ -196,7 +196,11 @@ def test_numbers_at_the_edges() -> None:
 
 
 def test_dispatch_takes_what_int8_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, shape in (("trellis4.mcg", (64, 96)), ("codebook8.v8.x2.channel", (48, 160)), ("affine2.g16.min", (48, 160))):
+    for text, shape in (
+        ("trellis4.mcg", (64, 96)),
+        ("codebook8.v8.x2.channel", (48, 160)),
+        ("affine2.g16.min", (48, 160)),
+    ):
         q = random_qtensor(text, shape)
         assert isinstance(dispatch.prepare(q, torch.bfloat16).core, native_float.FloatLinear)  # type: ignore[attr-defined]
         assert dispatch.prepare(q, torch.bfloat16).nbytes <= 1.03 * q.nbytes
