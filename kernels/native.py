@@ -141,14 +141,29 @@ class NativeLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        found = dict(self.parts)
-        n, k = self.shape
-        found["codes"] = unpack_codes(found["codes"], n, k, self.spec.bits)
+        found = self._restored(self.parts, self.shape[0])
+        parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
+        return QTensor(self.spec, self.shape, parts, self.extra)
+
+    def takes(self) -> bool:
+        """Whether `blocks` works: every scale is of one output row, and of one level."""
+        return self._weight.scale_rows == 1 and self.spec.two_level is None and not self.spec.view
+
+    def blocks(self, which: Tensor) -> QTensor:
+        """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
+        count = -(-self.shape[0] // ROWS)
+        by_rows = {"codes", *_BY_GROUP} & self.parts.keys()
+        parts = {**self.parts, **{name: select_blocks(self.parts[name], count, which) for name in by_rows}}
+        n = which.shape[0] * ROWS
+        return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
+
+    def _restored(self, packed: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        found = dict(packed)
+        found["codes"] = unpack_codes(found["codes"], n, self.shape[1], self.spec.bits)
         for name in _BY_GROUP:
             if name in found and self._weight.scale_rows == 1:
                 found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
-        parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
-        return QTensor(self.spec, self.shape, parts, self.extra)
+        return found
 
 
 def operands(weight: ctypes.Structure, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -299,13 +314,28 @@ def _large_pages(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
-    """The inverse of `pack_codes`: int32 [n, words]."""
+def select_blocks(part: Tensor, count: int, which: Tensor) -> Tensor:
+    """A part that holds `count` blocks of output rows one after the other -> blocks `which` of it, in the same form."""
+    found = part.view(count, -1).index_select(0, which)
+    return found.view(-1, *part.shape[1:])
+
+
+def _unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
     lib = library()
     assert lib is not None
     out = torch.empty(n, bits.words(k, width), dtype=torch.int32)
     lib.bitsmith_unpack(packed.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _unpack_fake(packed: Tensor, n: int, k: int, width: int) -> Tensor:
+    return packed.new_empty(n, bits.words(k, width), dtype=torch.int32)
+
+
+# The inverse of `pack_codes`: int32 [n, words].
+unpack_codes = ops.define(
+    "native_unpack(Tensor packed, int n, int k, int width) -> Tensor", _unpack_codes, _unpack_fake
+)
 
 
 def rounded_activations(x: Tensor, group: int) -> Tensor:
