@@ -1,7 +1,7 @@
 """Rows of a weight looked up by number, as an embedding does, decoded where they are: only the rows asked for.
 
-A product that holds the weight in its own order gives rows too where it can, so that embeddings and the output head that
-is tied to them are held once.
+A product that holds the weight in its own order gives rows too where it can, so that embeddings and the output head
+that is tied to them are held once.
 """
 
 from typing import TypeGuard
