@@ -130,3 +130,23 @@ def test_decode_steps_of_a_file_are_recorded(tmp_path: Path, byte_tokenizer: Any
         said.append(tokens)
     assert said[0] == said[1]
     assert sum(kept) >= 6
+
+
+def test_served_tokens_are_those_of_the_dequantized_model(tmp_path: Path, byte_tokenizer: Any) -> None:
+    """In float32, beside the dense model with every packed weight replaced by what it decodes to."""
+    packed_model = load_model(write("llama", tmp_path, "Q8_0"))
+    dense = tiny.model("llama")
+    for name, module in packed_model.named_modules():
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            dense.get_submodule(name).weight = nn.Parameter(module.weight, requires_grad=False)
+    ids = [5, 9, 11]
+    with torch.no_grad():
+        for _ in range(8):
+            ids.append(int(dense(torch.tensor([ids])).logits[0, -1].argmax()))
+    engine = Engine(packed_model, byte_tokenizer, EngineConfig(max_model_len=64, num_blocks=40, block_size=4))
+    engine.add_request("a", ids[:3], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
+    said: list[int] = []
+    while engine.has_work():
+        for _, chunk in engine.step():
+            said += chunk.token_ids
+    assert said == ids[3:]
