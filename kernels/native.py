@@ -153,10 +153,26 @@ class NativeLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        found = scales_as_given(self.parts, self._weight)
-        found["codes"] = unpack_codes(found["codes"], *self.shape, self.spec.bits)
+        found = self._restored(self.parts, self.shape[0])
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
+
+    def takes(self) -> bool:
+        """Whether `blocks` works: every scale is of one output row, and of one level."""
+        return self._weight.scale_rows == 1 and self.spec.two_level is None and not self.spec.view
+
+    def blocks(self, which: Tensor) -> QTensor:
+        """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
+        count = -(-self.shape[0] // ROWS)
+        by_rows = {"codes", *_BY_GROUP} & self.parts.keys()
+        parts = {**self.parts, **{name: select_blocks(self.parts[name], count, which) for name in by_rows}}
+        n = which.shape[0] * ROWS
+        return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
+
+    def _restored(self, packed: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        found = scales_as_given(packed, self._weight.scale_rows, n)
+        found["codes"] = unpack_codes(found["codes"], n, self.shape[1], self.spec.bits)
+        return found
 
 
 def operands(weight: ctypes.Structure, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -330,13 +346,28 @@ def on_large_pages(t: Tensor) -> Tensor:
     return _large_pages(t.numel() * t.element_size()).view(t.dtype).view(t.shape).copy_(t)
 
 
-def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
-    """The inverse of `pack_codes`: int32 [n, words]."""
+def select_blocks(part: Tensor, count: int, which: Tensor) -> Tensor:
+    """A part that holds `count` blocks of output rows one after the other -> blocks `which` of it, in the same form."""
+    found = part.view(count, -1).index_select(0, which)
+    return found.view(-1, *part.shape[1:])
+
+
+def _unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
     lib = library()
     assert lib is not None
     out = torch.empty(n, bits.words(k, width), dtype=torch.int32)
     lib.bitsmith_unpack(packed.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _unpack_fake(packed: Tensor, n: int, k: int, width: int) -> Tensor:
+    return packed.new_empty(n, bits.words(k, width), dtype=torch.int32)
+
+
+# The inverse of `pack_codes`: int32 [n, words].
+unpack_codes = ops.define(
+    "native_unpack(Tensor packed, int n, int k, int width) -> Tensor", _unpack_codes, _unpack_fake
+)
 
 
 def rounded_activations(x: Tensor, group: int) -> Tensor:
@@ -382,10 +413,10 @@ def _table(q: QTensor) -> Tensor | None:
     return torch.cat([found, torch.zeros(256 - found.numel(), dtype=torch.bfloat16)])
 
 
-def scales_as_given(parts: Mapping[str, Tensor], weight: Weight) -> dict[str, Tensor]:
-    """The inverse of `add_scales`, up to the shapes: scales, zero points and mins [N, G]."""
-    blocks = {name: parts[name] for name in _BY_GROUP if name in parts and weight.scale_rows == 1}
-    return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[: weight.n] for name, t in blocks.items()}}
+def scales_as_given(parts: Mapping[str, Tensor], rows: int, n: int) -> dict[str, Tensor]:
+    """The inverse of `add_scales`, up to the shapes: scales, zero points and mins [n, G] where each is of one row."""
+    blocks = {name: parts[name] for name in _BY_GROUP if name in parts and rows == 1}
+    return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[:n] for name, t in blocks.items()}}
 
 
 def by_block(t: Tensor) -> Tensor:

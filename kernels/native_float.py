@@ -76,7 +76,7 @@ class FloatLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        found = native.scales_as_given(self.parts, self._source)
+        found = native.scales_as_given(self.parts, self._source.scale_rows, self.shape[0])
         if self._source.form == _TRELLIS:
             found["codes"] = found["codes"].transpose(-1, -2)
         elif self._source.form != _VECTORS:
