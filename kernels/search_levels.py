@@ -133,11 +133,11 @@ def _search(x: Tensor, weight: Tensor, spec: Spec, levels: Levels | None, neares
         scale, minimum, mean, total = ranged(numbers, importance, (1 << spec.bits) - 1)
         scales, found = _store(spec, scale, total, signed=False)
         moved = mean + (minimum - mean) * (scales / scale.masked_fill(scale == 0, 1.0))
-        below, second = _store(spec, -torch.where(scale == 0, minimum, moved).clamp_(max=0), total, signed=False)
-        found |= {
-            "mins": -below,
-            **({"min_codes": second["scale_codes"], "super_mins": -second["supers"]} if second else {}),
-        }
+        depth = -torch.where(scale == 0, minimum, moved).clamp_(max=0)
+        below, second = _store(spec, depth, total, signed=False)
+        found["mins"] = -below
+        if second:
+            found |= {"min_codes": second["scale_codes"], "super_mins": -second["supers"]}
         known = Params(scales[None], -below[None])
     codes = nearest(numbers, spec, known)[0]
     found |= {"scales": scales, "codes": codes.t()}
