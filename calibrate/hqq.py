@@ -20,13 +20,13 @@ from ..kernels.grid import Params, blocks
 from ..kernels.qtensor import QTensor, build, to_matrix
 from ..kernels.spec import Spec
 from .method import Settings, round_to, wide
-from .stats import Stats
+from .stats import Squares, Stats
 
 NEEDS_CALIBRATION = False
 _NORM, _BETA, _GROWTH, _STEPS = 0.7, 10.0, 1.01, 20
 
 
-def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> QTensor:
+def quantize(w: Tensor, spec: Spec, stats: Stats | Squares | None, settings: Settings) -> QTensor:
     """w float32 [N, K] -> QTensor. `perm` is dropped, as rounding has no order."""
     spec = spec.without_perm()
     matrix = to_matrix(w, spec)

@@ -22,7 +22,7 @@ from ..kernels.families import family, spread
 from ..kernels.grid import Params
 from ..kernels.qtensor import QTensor
 from ..kernels.spec import Spec
-from .stats import Stats
+from .stats import Squares, Stats
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Method(Protocol):
 
     NEEDS_CALIBRATION: bool
 
-    def quantize(self, w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> QTensor: ...
+    def quantize(self, w: Tensor, spec: Spec, stats: Stats | Squares | None, settings: Settings) -> QTensor: ...
 
 
 @cache

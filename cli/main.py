@@ -5,8 +5,8 @@ arguments and `run(args) -> int | None` does the work. There is no registry to k
 underscore are helpers.
 
 Exit codes: 0 done; 2 the input is at fault, said in one message on stderr (argparse's own complaints included); 1 a
-defect of ours, with its traceback; 130 interrupted. Commands import torch and the rest inside `run`, so `--help`
-answers at once.
+defect of ours, with its traceback, or `inspect --validate` found something; 130 interrupted. Commands import torch and
+the rest inside `run`, so `--help` answers at once.
 """
 
 import argparse

@@ -49,10 +49,12 @@ def integers(low: int, high: int) -> Levels:
 
 
 def entries(table: Tensor) -> Levels:
-    """The entries of a table, float32 [L], ascending."""
+    """The entries of a table, float32 [L], ascending, the first of largest magnitude."""
     edges, first = (table[1:] + table[:-1]) / 2, float(table[0])
-    steps = [0.05 * i / (_TRIES - 1) for i in range(_TRIES)]
-    return Levels(lambda numbers: table[torch.bucketize(numbers, edges)], [first * (1.015 - step) for step in steps])
+    # Error of 7 tries within 5 %, 13 within 30 % and 21 within 50 %, relative to llama.cpp's (IQ4_NL, importance of
+    # very unlike columns): 1.040, 1.002, 1.000.
+    attempts = [first * (1.05 - 0.4 * i / 14) for i in range(15)] + [float(table[-1]) * (1 - 0.1 * i) for i in range(3)]
+    return Levels(lambda numbers: table[torch.bucketize(numbers, edges)], attempts)
 
 
 def scaled(x: Tensor, w: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

@@ -124,7 +124,8 @@ def spread_weight(x: Tensor, weight: Tensor, span: int) -> Tensor:
 
 def _search(x: Tensor, weight: Tensor, spec: Spec, levels: Levels | None, nearest: Nearest) -> Found:
     rows, group = x.shape[0], spec.group
-    span = group * spec.two_level[1] if spec.two_level else x.shape[1]
+    # As llama.cpp has it: IQ4_NL's blocks are super blocks of one.
+    span = group * spec.two_level[1] if spec.two_level else group if spec.table else x.shape[1]
     numbers, importance = group_major(x, group), group_major(spread_weight(x, weight, span), group)
     if levels:
         scales, found = _store(spec, *scaled(numbers, importance, levels), signed=True)

@@ -1,11 +1,13 @@
 """What a checkpoint holds, without building the model: format, spec of every tensor, bytes, memory to serve it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from .checkpoint import open_checkpoint
+from .checkpoint import AnyCheckpoint, open_checkpoint
 from .load import build, source_shapes
 from .names import placements
 
@@ -21,18 +23,16 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     model = build(ckpt, torch.float16)
     tensors: dict[str, str] = {}
     resident = parameters = quantized_bytes = quantized_weights = 0
-    for placement in placements(model, ckpt.weights):
-        shapes = source_shapes(model, placement) if any(ckpt.weights[s] for s in placement.sources) else {}
-        for source in placement.sources:
-            if ckpt.weights[source]:
-                q = ckpt.qtensor(source, shapes[source])
-                tensors[source], count, size = str(q.spec), q.shape[0] * q.shape[1], q.nbytes
-                quantized_bytes, quantized_weights = quantized_bytes + size, quantized_weights + count
-            else:
-                tensor = ckpt(source)
-                tensors[source] = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-                count, size = tensor.numel(), tensor.nbytes
-            resident, parameters = resident + size, parameters + count
+    for source, shape in weights(model, ckpt):
+        if shape is not None:
+            q = ckpt.qtensor(source, shape)
+            tensors[source], count, size = str(q.spec), q.shape[0] * q.shape[1], q.nbytes
+            quantized_bytes, quantized_weights = quantized_bytes + size, quantized_weights + count
+        else:
+            tensor = ckpt(source)
+            tensors[source] = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            count, size = tensor.numel(), tensor.nbytes
+        resident, parameters = resident + size, parameters + count
     all_bits = 8 * resident / max(parameters, 1)
     return {
         "format": ckpt.recipe.format if ckpt.recipe else "unquantized",
@@ -43,6 +43,14 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "kv_bytes_per_token": _kv_bytes(model.config.get_text_config()),
         "tensors": dict(sorted(tensors.items())),
     }
+
+
+def weights(model: PreTrainedModel, ckpt: AnyCheckpoint) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """(checkpoint name, [out_features, in_features] of a quantized weight, None for another) of every weight."""
+    for placement in placements(model, ckpt.weights):
+        shapes = source_shapes(model, placement) if any(ckpt.weights[s] for s in placement.sources) else {}
+        for source in placement.sources:
+            yield source, shapes[source] if ckpt.weights[source] else None
 
 
 def _kv_bytes(config: Any) -> int:

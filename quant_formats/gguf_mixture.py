@@ -108,6 +108,26 @@ def parse_tensor_type(text: str) -> tuple[str, str]:
     return pattern, ggml_type(kind, f"--tensor-type {text!r}")
 
 
+def parse_overrides(
+    pure: bool = False,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    tensor_type: Sequence[str] = (),
+) -> Overrides:
+    """The flags of those names, as llama-quantize spells them, `tensor_type` being REGEX=TYPE texts in the order given.
+
+    UserError naming flag and value for what is no type or no regex.
+    """
+    output, embedding = (
+        None if kind is None else ggml_type(kind, flag)
+        for flag, kind in (
+            ("--output-tensor-type", output_tensor_type),
+            ("--token-embedding-type", token_embedding_type),
+        )
+    )
+    return Overrides(pure, output, embedding, tuple(parse_tensor_type(text) for text in tensor_type))
+
+
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of `shape` ([..., in]) in a type whose block divides its rows."""
     block, size = SIZES[kind]
@@ -143,7 +163,7 @@ def tensor_types(
             head = kind == "output" or (tied and kind == "embd")
             wanted = _head(mix, facts, shape, asked.output) if head else _chosen(mix, rules, tensor, place)
             counts[kind] = count + 1
-        types[tensor] = _fit(tensor, shape, wanted)
+        types[tensor] = fitting(tensor, shape, wanted)
         if types[tensor] != wanted:
             fallbacks[tensor] = wanted
     return Plan(types, fallbacks)
@@ -152,17 +172,42 @@ def tensor_types(
 def check_imatrix(name: str, types: Mapping[str, str], covered: Collection[str] = ()) -> None:
     """UserError for the first tensor whose type needs an importance matrix and has no entry in it (`covered`: names).
 
-    Embeddings and the output, which few matrices cover, are exempt as in llama.cpp; so are Q2_K tensors but in q2_k_s.
+    In q2_k_s files so do Q2_K tensors, but for embeddings and the output, which few matrices cover. Where --pure or the
+    user's own choice gives those a type that needs one, llama.cpp does not look and aborts; here it is the same error.
     """
     name = file_type(name)
-    needy = (*_NEED_IMATRIX, "Q2_K") if name == "q2_k_s" else _NEED_IMATRIX
     for tensor, kind in types.items():
-        if kind in needy and kind_of(tensor) not in ("embd", "output") and tensor not in covered:
+        needs = needs_imatrix(kind) or (
+            kind == "Q2_K" and name == "q2_k_s" and kind_of(tensor) not in ("embd", "output")
+        )
+        if needs and tensor not in covered:
             raise UserError(
                 f"{tensor} becomes {kind} in a {name} file, which is garbage without an importance matrix, and there "
                 f"is none for it. Fix: --imatrix FILE that covers it, or --calib TEXT to make one, or a file type that "
                 f"needs none, such as q2_k or iq4_xs"
             )
+
+
+def needs_imatrix(kind: str) -> bool:
+    """Whether a type gives garbage where nobody says which weights matter."""
+    return kind in _NEED_IMATRIX
+
+
+def fitting(name: str, shape: Sequence[int], wanted: str) -> str:
+    """The type `wanted`, or what llama.cpp falls back to where its block does not divide the rows; UserError where
+    there is nothing.
+    """
+    columns = shape[-1]
+    block = SIZES[wanted][0]
+    if columns % block == 0:
+        return wanted
+    if wanted not in _FALLBACKS and block > 32:
+        raise UserError(
+            f"{name}: rows of {columns} weights are no multiple of the {block} that {wanted} packs together, and "
+            f"{wanted} has no smaller relative. Fix: --tensor-type '{re.escape(name)}=q8_0', or another file type"
+        )
+    other = _FALLBACKS.get(wanted, wanted)
+    return other if columns % SIZES[other][0] == 0 else "F16"
 
 
 def kind_of(name: str) -> str:
@@ -220,21 +265,6 @@ def _chosen(mix: Mixture, rules: Mapping[str, tuple[Rule, ...]], name: str, plac
     if place.kind == "v" and place.facts.is_70b and not mix.tiny and found in ("Q3_K", "Q4_K"):
         return "Q5_K"
     return found
-
-
-def _fit(name: str, shape: Sequence[int], wanted: str) -> str:
-    """`wanted`, or what its rows allow."""
-    columns = shape[-1]
-    block = SIZES[wanted][0]
-    if columns % block == 0:
-        return wanted
-    if wanted not in _FALLBACKS and block > 32:
-        raise UserError(
-            f"{name}: rows of {columns} weights are no multiple of the {block} that {wanted} packs together, and "
-            f"{wanted} has no smaller relative. Fix: --tensor-type '{re.escape(name)}=q8_0', or another file type"
-        )
-    other = _FALLBACKS.get(wanted, wanted)
-    return other if columns % SIZES[other][0] == 0 else "F16"
 
 
 def _layer(name: str, default: int) -> int:

@@ -15,6 +15,7 @@ from bitsmith.quant_formats.gguf_mixture import (
     file_type,
     ggml_type,
     is_quantized,
+    parse_overrides,
     parse_tensor_type,
     tensor_bytes,
     tensor_types,
@@ -178,6 +179,9 @@ def test_an_imatrix_that_misses_a_tensor_is_named() -> None:
     check_imatrix("q2_k", q2_k)
     with pytest.raises(UserError, match="q2_k_s"):
         check_imatrix("Q2_K_S", q2_k)
+    pure = tensor_types("iq2_xs", facts("llama-gqa4", True), tensors("llama-gqa4"), Overrides(pure=True)).types
+    with pytest.raises(UserError, match=r"token_embd\.weight becomes IQ2_XS"):
+        check_imatrix("iq2_xs", pure, set(types) - {"token_embd.weight"})
 
 
 def test_bad_input_is_named() -> None:
@@ -196,6 +200,28 @@ def test_bad_input_is_named() -> None:
     ]:
         with pytest.raises(UserError, match=said):
             call()
+
+
+def test_flags_as_llama_quantize_spells_them() -> None:
+    asked = parse_overrides(False, "q8_0", "Q4_K", ["ffn_down=q6_k", r"blk\.0\..*=F16"])
+    expected = Overrides(False, "Q8_0", "Q4_K", (("ffn_down", "Q6_K"), (r"blk\.0\..*", "F16")))
+    assert asked == expected and parse_overrides() == Overrides()
+    types = tensor_types("q4_k_m", facts("llama-gqa4"), tensors("llama-gqa4"), asked).types
+    names = (
+        "output.weight",
+        "token_embd.weight",
+        "blk.3.ffn_down.weight",
+        "blk.0.attn_q.weight",
+        "blk.1.attn_q.weight",
+    )
+    assert [types[name] for name in names] == ["Q8_0", "Q4_K", "Q6_K", "F16", "Q4_K"]
+    for arguments, said in [
+        ({"output_tensor_type": "q4_k_m"}, "--output-tensor-type: 'q4_k_m' is no ggml type"),
+        ({"token_embedding_type": "q9"}, "--token-embedding-type: 'q9' is no ggml type"),
+        ({"tensor_type": ["ffn_down"]}, "--tensor-type 'ffn_down': expected REGEX=TYPE"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            parse_overrides(**arguments)  # type: ignore[arg-type]
 
 
 def test_bytes_are_those_of_whole_blocks() -> None:

@@ -248,3 +248,20 @@ def test_the_command(shared: Callable[[str], Path], tmp_path: Path, capsys: pyte
         assert main([*line, "-o", str(tmp_path / wrong)]) == 2
     assert main([*line, "--process-output", "-o", str(tmp_path / "x.gguf")]) == 2
     assert "--process-output, but the output is the embeddings' weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".dat"])
+def test_random_damage_is_a_message_or_other_numbers(tmp_path: Path, suffix: str) -> None:
+    whole, random = GOLDEN.with_suffix(suffix).read_bytes(), np.random.default_rng(5)
+    file, refused = tmp_path / f"i{suffix}", 0
+    for _ in range(300):
+        raw = bytearray(whole[: random.integers(1, len(whole) + 1)] if random.random() < 0.3 else whole)
+        for place in random.integers(0, min(len(raw), 4000), random.integers(1, 4)):
+            raw[place] = random.integers(0, 256)
+        file.write_bytes(raw)
+        try:
+            read(file)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error)
+    assert refused > 100
