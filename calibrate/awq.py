@@ -21,7 +21,7 @@ from ..kernels.qtensor import QTensor, build
 from ..kernels.spec import Spec
 from .method import Settings, round_to, wide
 from .rtn import quantize as rtn
-from .stats import Stats, output_error
+from .stats import Squares, Stats, output_error
 
 NEEDS_CALIBRATION = True
 _RATIOS = tuple(i / 20 for i in range(20))
@@ -29,9 +29,9 @@ _RATIOS = tuple(i / 20 for i in range(20))
 _CLIPS = tuple(1 - i / 40 for i in range(20))
 
 
-def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> QTensor:
+def quantize(w: Tensor, spec: Spec, stats: Stats | Squares | None, settings: Settings) -> QTensor:
     """w float32 [N, K], already rescaled -> QTensor with clipped ranges, unless plain ranges give less output error."""
-    assert stats is not None
+    assert isinstance(stats, Stats)
     spec = spec.without_perm()
     plain = rtn(w, spec, None, settings)
     if spec.view or spec.rows != 1:

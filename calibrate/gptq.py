@@ -20,16 +20,16 @@ from ..kernels.grid import Params
 from ..kernels.qtensor import QTensor, build, from_matrix, matrix_shape, to_matrix
 from ..kernels.spec import Spec
 from .method import Settings, wide
-from .stats import Stats
+from .stats import Squares, Stats
 
 NEEDS_CALIBRATION = True
 # Columns whose error feedback is applied at once to the rest of the matrix: one matmul instead of 128 rank-one updates.
 _LAZY = 128
 
 
-def quantize(w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> QTensor:
+def quantize(w: Tensor, spec: Spec, stats: Stats | Squares | None, settings: Settings) -> QTensor:
     """w float32 [N, K] -> QTensor. Raises UserError where the Hessian cannot be factored even with strong damping."""
-    assert stats is not None
+    assert isinstance(stats, Stats)
     shape = (w.shape[0], w.shape[1])
     hessian = stats.hessian.to(w.device).clone()
     diagonal = hessian.diagonal()
@@ -119,7 +119,7 @@ def _fit_all(w: Tensor, importance: Tensor, spec: Spec, settings: Settings) -> t
 
 
 def _fit_group(w: Tensor, importance: Tensor, spec: Spec, settings: Settings) -> Params:
-    return family(spec).grid.fit(w, replace(spec, group=-1), importance if settings.mse else None)
+    return family(spec).grid.fit(w, replace(spec, group=w.shape[1]), importance if settings.mse else None)
 
 
 def _join(groups: list[Params]) -> Params:

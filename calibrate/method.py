@@ -22,7 +22,7 @@ from ..kernels.families import family, spread
 from ..kernels.grid import Params
 from ..kernels.qtensor import QTensor
 from ..kernels.spec import Spec
-from .stats import Stats
+from .stats import Squares, Stats
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Method(Protocol):
 
     NEEDS_CALIBRATION: bool
 
-    def quantize(self, w: Tensor, spec: Spec, stats: Stats | None, settings: Settings) -> QTensor: ...
+    def quantize(self, w: Tensor, spec: Spec, stats: Stats | Squares | None, settings: Settings) -> QTensor: ...
 
 
 @cache
@@ -71,6 +71,8 @@ def wide(params: Params, spec: Spec, shape: tuple[int, int]) -> Params:
 
 
 def round_to(matrix: Tensor, spec: Spec, params: Params) -> Tensor:
-    """The nearest codes, uint8 [R, C], of a grouped matrix."""
+    """The codes of a grouped matrix, as `build` takes them: those that `fit` chose, or the nearest, uint8 [R, C]."""
+    if params.codes is not None:
+        return params.codes
     shape = (matrix.shape[0], matrix.shape[1])
     return family(spec).grid.nearest(matrix, spec, wide(params, spec, shape))[0]

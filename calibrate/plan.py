@@ -155,5 +155,5 @@ def check_patterns(rules: tuple[Rule, ...], modules: list[str]) -> None:
 
 def source_name(ckpt: AnyCheckpoint) -> str:
     """What a plan remembers of its source: path and the size and time of its weight files."""
-    files = sorted(ckpt.path.glob("*.safetensors")) + sorted(ckpt.path.glob("*.pt"))
-    return " ".join([str(ckpt.path.resolve()), *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])
+    files = (f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in sorted(ckpt.files))
+    return " ".join([str(ckpt.path.resolve()), *files])

@@ -6,7 +6,7 @@ The block is written as one part, read again from it, and run once more to give 
 run goes through the same numbers.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from .blocks import Blocks, by_block, find_blocks, load_weights, unload_weights
 from .fold import InputGroup, fold, input_groups
 from .method import Method, Settings
 from .plan import Item, items_of
-from .stats import Reached, Stats, gather, relative_error, unseen
+from .stats import Reached, Squares, Stats, gather, unseen
 from .store import Part, Store
 
 
@@ -44,8 +44,11 @@ class Run:
         method: Method,
         settings: Settings,
         device: torch.device,
+        importance: Mapping[str, Squares] | None = None,
     ) -> None:
+        """importance: what is known of the inputs of a module that calibration has no Stats for."""
         self.model, self.ckpt, self.fmt, self.recipe = model, ckpt, fmt, recipe
+        self.importance = importance or {}
         self.method, self.settings, self.device = method, settings, device
         self.path = find_blocks(model)
         self.count = len(model.get_submodule(self.path))  # type: ignore[arg-type]
@@ -61,8 +64,6 @@ class Run:
         for placement in (p for places in self.places for p in places):
             if any(ckpt.weights.get(s) for s in placement.sources):
                 self.shapes |= source_shapes(model, placement)
-        if not self.items:
-            raise UserError(f"{ckpt.path}: the recipe leaves no weight to quantize. Fix: fewer --skip patterns")
 
     def _untie_head(self) -> dict[str, str]:
         """A head that is tied to the embeddings but to be quantized gets a weight of its own: {its name: the weight it
@@ -218,13 +219,14 @@ class Run:
             fold(self.model, group, scale, lambda: blocks.sample(index))
 
     def _one(
-        self, item: Item, stats: Stats | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
+        self, item: Item, stats: Stats | Squares | None, done: dict[str, QTensor], errors: dict[str, float], bar: Any
     ) -> None:
         live = item.live(self.model)
+        stats = stats or self.importance.get(item.module)
         q = self.method.quantize(live.float(), item.spec, stats, self.settings)
         w_hat = q.dequantize()
         if stats is not None:
-            errors[item.module] = relative_error(live, w_hat, stats.hessian)
+            errors[item.module] = stats.relative_error(live, w_hat)
         else:
             errors[item.module] = float((w_hat - live).square().sum() / live.square().sum().clamp(min=1e-30))
         live.copy_(w_hat)
@@ -267,6 +269,8 @@ class Run:
 
     def summary(self, store: Store, errors: dict[str, float]) -> dict[str, Any]:
         """bits per weight over the quantized weights (scales and zero points counted), and the errors."""
+        if not errors:
+            return {"errors": errors}
         weights = sum(i.shape[0] * i.shape[1] for i in self.items)
         size = sum(store.get(index).facts["bytes"] for index in range(self.parts))
         mean = sum(errors.values()) / len(errors)
@@ -275,7 +279,7 @@ class Run:
     def config(self, summary: dict[str, Any]) -> dict[str, Any]:
         """config.json of the result: the source's, with the dialect's quantization_config and the resolved map."""
         specs = {i.module: str(i.spec) for i in sorted(self.items, key=lambda i: natural(i.module))}
-        original = json.loads((self.ckpt.path / "config.json").read_text())
+        original = {k: v for k, v in self.ckpt.config.items() if k != "quantization_config"}
         if self.alias:
             original["tie_word_embeddings"] = False
         note = {

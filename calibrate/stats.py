@@ -47,6 +47,15 @@ class Stats:
         """float64 [K]: sum of x^2."""
         return self.hessian.diagonal().double() * self.n
 
+    @property
+    def importance(self) -> Tensor:
+        """float32 [K]: mean of x^2."""
+        return self.hessian.diagonal()
+
+    def relative_error(self, w: Tensor, w_hat: Tensor) -> float:
+        """tr(dW H dW^T) / tr(W H W^T)."""
+        return output_error(w_hat - w, self.hessian) / max(output_error(w, self.hessian), 1e-30)
+
 
 @dataclass
 class Squares:
@@ -64,6 +73,16 @@ class Squares:
             self.squares = torch.zeros(self.width, dtype=torch.float64, device=x.device)
         self.squares += flat.square().sum(0)
         self.n += flat.shape[0]
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 [K]: mean of x^2."""
+        return (self.squares / self.n).float()
+
+    def relative_error(self, w: Tensor, w_hat: Tensor) -> float:
+        """The same as that of `Stats`, were inputs not correlated."""
+        importance = self.importance.to(w.device)
+        return float(((w_hat - w).square() @ importance).sum() / (w.square() @ importance).sum().clamp(min=1e-30))
 
 
 class Accumulator(Protocol):
@@ -83,11 +102,6 @@ def unseen(width: int) -> Stats:
 def output_error(delta: Tensor, hessian: Tensor) -> float:
     """tr(dW H dW^T), delta [N, K], hessian [K, K]: float32 products, as a search can afford, a float64 sum."""
     return float(((delta @ hessian) * delta).sum(dtype=torch.float64))
-
-
-def relative_error(w: Tensor, w_hat: Tensor, hessian: Tensor) -> float:
-    """tr(dW H dW^T) / tr(W H W^T)."""
-    return output_error(w_hat - w, hessian) / max(output_error(w, hessian), 1e-30)
 
 
 class Reached(Exception):

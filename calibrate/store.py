@@ -99,6 +99,10 @@ class Store:
             os.rename(self.work, self.out)
         _sync_directory(self.out.parent)
 
+    def discard(self) -> None:
+        """Drop the parts, for a result that was written elsewhere."""
+        shutil.rmtree(self.work)
+
     def _merge(self, count: int) -> None:
         shards = list(self._shards(count))
         if len(shards) == 1:

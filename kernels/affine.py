@@ -7,13 +7,17 @@ fused.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import search_levels
+from . import search_plain as plain
 from .families import Family, one_level_parts, scale_dtype
 from .grid import Params, blocks, search
+from .search import integers
 from .spec import Spec
 
 _TINY = 1e-8
@@ -38,8 +42,8 @@ class AffineGrid:
     """Range fitting and rounding for uniform codes. Of a `min` spec, the params' zero is the effective min."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
-        if spec.two_level:
-            raise UserError(f"{spec}: nothing here chooses scales of two levels; take one level, as {_one_level(spec)}")
+        if spec.two_level or (_in_blocks(spec) and w.shape[1] % spec.group == 0):
+            return self._fit_blocks(w, spec, weight)
         tiles, _ = blocks(w, spec)
         low, high = tiles.amin(-1).clamp(max=0), tiles.amax(-1).clamp(min=0)
 
@@ -48,13 +52,28 @@ class AffineGrid:
 
         return search(w, spec, weight, propose, self)
 
+    def _fit_blocks(self, w: Tensor, spec: Spec, weight: Tensor | None) -> Params:
+        top, half = _top(spec), 1 << (spec.bits - 1)
+        if spec.zero not in ("min", "sym", "one"):
+            raise UserError(
+                f"{spec}: nothing here chooses scales of two levels for such zero points; take one level, as "
+                f"{_one_level(spec)}, or {replace(spec, zero='min')}"
+            )
+        if spec.two_level is None and (weight is None or spec.bits == 8):
+            rule = {"min": partial(plain.ranged, top=top), "one": plain.ternary}
+            return plain.fit(w, spec, rule.get(spec.zero, partial(plain.symmetric, half=half)))
+        zero = int(fixed_zero(spec) or 0)
+        levels = None if spec.zero == "min" else integers(-zero, top - zero)
+        return search_levels.fit(w, spec, weight, levels, self.nearest)
+
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
+        # A group of zeros may have scale 0: 0 / 0 counts as 0.
         if spec.zero == "min":
             assert params.zero is not None
-            codes = ((w - params.zero) / params.scale).nan_to_num(0.0).round().clamp(0, (1 << spec.bits) - 1)
+            codes = ((w - params.zero) / params.scale).nan_to_num(0.0).round().clamp(0, _top(spec))
             return codes.to(torch.uint8), codes * params.scale + params.zero
         zero = params.zero if params.zero is not None else torch.tensor(fixed_zero(spec) or 0.0, device=w.device)
-        codes = (w / params.scale + zero).round().clamp(0, (1 << spec.bits) - 1)
+        codes = ((w / params.scale).nan_to_num(0.0) + zero).round().clamp(0, _top(spec))
         return codes.to(torch.uint8), scale(codes, params.scale, zero)
 
     def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:
@@ -67,6 +86,17 @@ class AffineGrid:
         elif params.zero is not None:
             found["zeros"] = params.zero.to(zero_dtype(spec))
         return found
+
+
+def _top(spec: Spec) -> int:
+    """The largest code. Blocks of 256 with zero `one` are of ternary weights: GGUF's TQ1_0 has no fourth."""
+    return 2 if (spec.zero, spec.group) == ("one", 256) else (1 << spec.bits) - 1
+
+
+def _in_blocks(spec: Spec) -> bool:
+    """Whether scales of one level are chosen as in blocks of GGUF: one-sided where that reaches further, any sign."""
+    blocks32 = (spec.zero, spec.scale, spec.group, spec.rows, spec.view) == ("sym", "f16", 32, 1, "")
+    return spec.zero in ("min", "one") or (blocks32 and spec.bits in (4, 5, 8))
 
 
 def zero_dtype(spec: Spec) -> torch.dtype:

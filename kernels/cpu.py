@@ -6,6 +6,7 @@ no other fast CPU path).
       with the native library                native.py                 native.py
     scales of two levels, integers times a
       float for 256 inputs, with it          native_two_level.py       native_two_level.py
+    the same, codes of a grid                native_grids.py           native_grids.py
     affine 4 and 8 bits, whole groups        int4pack.py               int4pack.py
     affine 8 bits, one symmetric scale
       a row, int8 activations asked for      Int8Linear                Int8Linear
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import bits, int4pack, lut, native, native_two_level, probe
+from . import bits, int4pack, lut, native, native_grids, native_two_level, probe
 from .families import scales
 from .pieces import pieces
 from .qtensor import QTensor, codes_of
@@ -148,8 +149,13 @@ def prepare_dense(weight: Tensor) -> DenseMatmul:
     return DenseMatmul("linear", weight)
 
 
-def prepare(q: QTensor) -> native.NativeLinear | native_two_level.TwoLevelLinear | int4pack.Int4Pack | LookUp:
+Native = native.NativeLinear | native_two_level.TwoLevelLinear | native_grids.GridLinear
+
+
+def prepare(q: QTensor) -> Native | int4pack.Int4Pack | LookUp:
     """The fastest product of `q`."""
     if native_two_level.supports(q):
         return native_two_level.pack(q)
+    if native_grids.supports(q):
+        return native_grids.pack(q)
     return native.pack(q) if native.supports(q) else int4pack.pack(q) or LookUp(q)

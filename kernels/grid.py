@@ -4,7 +4,7 @@
 what the file will hold *before* codes are chosen, so the error a method sees is the error a reader gets.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,6 +27,9 @@ class Params:
     zero: Tensor | None = None
     # Extra stored parts: table, super_scales, scale codes of a two-level scale ...
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    # Codes of the whole matrix, as `build` takes them, where `fit` had to choose them too: with vectors, and where a
+    # format rounds by a scale that it does not store. What rounds to nearest takes them.
+    codes: Tensor | None = None
 
     def columns(self, start: int, stop: int) -> "Params":
         """Columns start..stop of spread params; a [R, 1] entry serves every column."""
@@ -68,8 +71,15 @@ def blocks(w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     return tile(padded), tile(mask)
 
 
-def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[float], Params], grid: Grid) -> Params:
-    """The shrink factor per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params
+def search(
+    w: Tensor,
+    spec: Spec,
+    weight: Tensor | None,
+    propose: Callable[[float], Params],
+    grid: Grid,
+    shrinks: Sequence[float] = SHRINKS,
+) -> Params:
+    """The one of `shrinks` per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params
     [R', G].
     """
     from .families import spread
@@ -80,7 +90,7 @@ def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[floa
     weight = weight.expand_as(w)
     best_error = torch.full_like(full.scale, torch.inf)
     best = full
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         trial = propose(shrink)
         wide = Params(
             spread(trial.scale, spec, (w.shape[0], w.shape[1])),

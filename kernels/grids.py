@@ -63,7 +63,7 @@ def _vectors(name: str) -> Tensor:
 
 
 @cache
-def _signs(bits: int) -> Tensor:
+def signs(bits: int) -> Tensor:
     """float32 [2**bits, 8] of 1 and -1."""
     code = torch.arange(1 << bits)
     negative = torch.stack([code >> i & 1 for i in range(bits)], 1)
@@ -79,7 +79,7 @@ def value(name: str, codes: Tensor) -> Tensor:
     found = torch.cat([entries[codes >> (i * table.index_bits) & mask] for i in range(table.indices)], -1)
     rest = codes >> (table.index_bits * table.indices)
     if table.signs:
-        return found.mul_(_signs(table.signs).to(codes.device)[rest & ((1 << table.signs) - 1)])
+        return found.mul_(signs(table.signs).to(codes.device)[rest & ((1 << table.signs) - 1)])
     return found.add_((SHIFT - 2 * SHIFT * (rest & 1))[..., None])
 
 

@@ -37,13 +37,13 @@ from .spec import ROW_TABLE, Spec
 
 log = logging.getLogger(__name__)
 
-PATHS = ("generic", "avx2", "avx512", "amx", "folded")
+PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 _E8M0 = 4
 # Of native.cpp's functions and structures.
-_ABI = 5
+_ABI = 7
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 _BY_GROUP = ("scales", "zeros", "mins")
@@ -82,10 +82,11 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
-    lib.bitsmith_two_level_linear.argtypes = lib.bitsmith_linear.argtypes
+    for name in ("two_level_linear", "grids_linear"):
+        getattr(lib, f"bitsmith_{name}").argtypes = lib.bitsmith_linear.argtypes
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
-    for name in ("linear", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels"):
+    for name in ("linear", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels", "grids_linear"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -210,8 +211,8 @@ linear = ops.define(
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine.
 
-    The plain loops of a processor without AVX2 are ten times slower than torch's operators: they define the result and
-    are not used for it.
+    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the
+    result and are not used for it.
     """
     if best_path() in ("", "generic"):
         return False

@@ -21,7 +21,8 @@ from .qtensor import QTensor
 from .spec import Spec
 
 SUPER = 256
-# (bits, group, bits of a scale's code): what vectors of two_level.h are compiled for, and there with the table.
+# (bits, group, bits of a scale's code): what vectors of two_level.h and neon_two_level.h are compiled for, and there
+# with the table.
 _FORMS = {(2, 16, 4), (3, 16, 6), (4, 32, 6), (5, 32, 6), (6, 16, 8)}
 _TABLE_FORMS = {(4, 32, 6)}
 _LEVELS = ("scales", "mins")
@@ -80,7 +81,7 @@ class TwoLevelLinear:
 
 
 def supports(q: QTensor) -> bool:
-    """Whether `pack` can take `q` on this machine (which must have AVX2) and int8 activations are allowed."""
+    """Whether `pack` can take `q` on this machine (which must have AVX2 or NEON) and int8 activations are allowed."""
     spec = q.spec
     level = spec.two_level
     if (

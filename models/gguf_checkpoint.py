@@ -17,9 +17,11 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from ..errors import UserError
 from ..kernels.qtensor import QTensor
 from ..quant_formats.base import Recipe
-from .gguf_config import read_config
+from ..quant_formats.gguf_blocks import spec, unpack
+from .gguf_config import Metadata, read_config
 from .gguf_file import TensorInfo, read_gguf
 from .gguf_names import NO_WEIGHTS, Link, halved, links, meta_model
+from .gguf_tokenizer import end_ids
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Whole numbers and float64 hold no weights in any architecture read here.
@@ -104,12 +106,10 @@ class GGUFCheckpoint:
         counts: Counter[str] = Counter()
         for info in packed.values():
             counts[info.type_name] += info.nbytes
-        usual = counts.most_common(1)[0][0]
-        from ..quant_formats import gguf_blocks  # type: ignore[attr-defined]
-
-        spec = gguf_blocks.spec
-        odd = tuple((name, spec(info.type_name)) for name, info in packed.items() if info.type_name != usual)
-        return Recipe("gguf", (*odd, ("*", spec(usual))), method="gguf")
+        usual = spec(counts.most_common(1)[0][0])
+        assert usual is not None
+        modules = {name: found for name, info in packed.items() if (found := spec(info.type_name))}
+        return Recipe("gguf", (("*", usual),), method="gguf", modules=modules)
 
     @property
     def files(self) -> list[Path]:
@@ -144,9 +144,7 @@ class GGUFCheckpoint:
         raw = raw[index * rows : (index + 1) * rows]
         if link.heads:
             raw = raw[halved(rows, link.heads)]
-        from ..quant_formats import gguf_blocks  # type: ignore[attr-defined]
-
-        return gguf_blocks.unpack(info.type_name, raw, shape)
+        return unpack(info.type_name, raw, shape)
 
     def __call__(self, name: str) -> Tensor:
         """A weight as numbers; a packed one dequantized in float32. UserError where it is missing."""
@@ -169,11 +167,9 @@ class GGUFCheckpoint:
         info = self._file.tensors[link.tensor]
         raw = info.raw()
         if self._is_packed(info):
-            from ..quant_formats import gguf_blocks  # type: ignore[attr-defined]
-
             rows = raw.shape[0] // len(link.weights)
             part = raw[index * rows : (index + 1) * rows]
-            found = gguf_blocks.unpack(info.type_name, part, (rows, info.shape[-1])).dequantize()
+            found = unpack(info.type_name, part, (rows, info.shape[-1])).dequantize()
         else:
             found = raw.view(_DENSE[info.type_name]).reshape(len(link.weights), -1)[index]
         found = found.reshape(info.shape if link.part or link.transposed else link.shape)
@@ -189,6 +185,6 @@ class GGUFCheckpoint:
     def generation_config(self) -> GenerationConfig | None:
         return GenerationConfig(
             bos_token_id=self.config["bos_token_id"],
-            eos_token_id=self.config["eos_token_id"],
+            eos_token_id=end_ids(Metadata(self._file)),
             pad_token_id=self.config["pad_token_id"],
         )

@@ -46,7 +46,7 @@ class TensorInfo:
     # As torch orders it: the last dimension is contiguous and, where the type is quantized, cut into blocks.
     shape: tuple[int, ...]
     file: Path
-    data: mmap.mmap
+    data: mmap.mmap | bytearray
     offset: int
     nbytes: int
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from ..errors import UserError
 from .gguf_archs import Arch
@@ -128,3 +129,73 @@ def _llama3(metadata: "Metadata", factors: Tensor, theta: float, head_dim: int) 
         f"{metadata.where}: the factors in {FREQS} are not those of Llama 3.1's frequency scaling, the only one "
         "bitsmith reads from that tensor. Fix: use the model's safetensors checkpoint"
     )
+
+
+def plain_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """rope_parameters of the layers that see everything, where a config tells kinds of layers apart."""
+    found: dict[str, Any] = dict(config.rope_parameters)
+    return dict(found.get("full_attention", found))
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def rotated_dims(config: PretrainedConfig) -> int:
+    """How many numbers of a head are rotated."""
+    return int(head_dim_of(config) * plain_parameters(config).get("partial_rotary_factor", 1.0))
+
+
+def factor_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Frequency factors that a file keeps as tensors, float32 [rotated dims / 2]."""
+    parameters = plain_parameters(config)
+    if parameters["rope_type"] == "llama3":
+        return {FREQS: llama3_factors(parameters, rotated_dims(config))}
+    if parameters["rope_type"] == "longrope":
+        return {LONG: torch.tensor(parameters["long_factor"]), SHORT: torch.tensor(parameters["short_factor"])}
+    return {}
+
+
+def rope_metadata(config: PretrainedConfig, where: str) -> dict[str, tuple[str, Any]]:
+    """Keys below the architecture's prefix; the inverse of `rope_parameters`. UserError for a scaling that GGUF does
+    not have.
+    """
+    parameters = plain_parameters(config)
+    kind, theta = parameters["rope_type"], float(parameters["rope_theta"])
+    found: dict[str, tuple[str, Any]] = {
+        "rope.dimension_count": ("uint32", rotated_dims(config)),
+        "rope.freq_base": ("float32", theta),
+    }
+    local = dict(config.rope_parameters).get("sliding_attention")
+    if local is not None:
+        found["rope.freq_base_swa"] = ("float32", float(local["rope_theta"]))
+    if kind in ("default", "llama3"):
+        return found
+    if kind not in ("linear", "yarn", "longrope"):
+        raise UserError(
+            f"{where}: rope_type {kind!r} cannot be written as GGUF; accepted: default, linear, yarn, llama3, longrope"
+        )
+    found["rope.scaling.type"] = ("string", kind)
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    if kind != "linear":
+        found["rope.scaling.original_context_length"] = ("uint32", original)
+    if kind == "longrope":
+        usual = longrope_attention_factor(config.max_position_embeddings, original)
+        factor = parameters.get("attention_factor") or usual
+        return found | {"rope.scaling.attn_factor": ("float32", float(factor))}
+    found["rope.scaling.factor"] = ("float32", float(parameters["factor"]))
+    return found | (_yarn_metadata(parameters) if kind == "yarn" else {})
+
+
+def _yarn_metadata(parameters: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    keys = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+    found = {
+        f"rope.scaling.{key}": ("float32", float(parameters[name]))
+        for key, name in keys.items()
+        if parameters.get(name) is not None
+    }
+    if "rope.scaling.yarn_attn_factor" in found:
+        # What llama.cpp reads instead: a factor on top of YaRN's own.
+        own = 1 + 0.1 * math.log(parameters["factor"])
+        found["rope.scaling.attn_factor"] = ("float32", parameters["attention_factor"] / own)
+    return found

@@ -1,13 +1,13 @@
 """A tokenizer from the metadata of a GGUF file, giving the ids that llama.cpp gives.
 
 Byte-level BPE (`gpt2`): vocabulary and merges are in the file, the way text is cut is a name (gguf_pretokenizers.py).
-SentencePiece (`llama`): vocabulary and scores are in the file; merges follow from them (every way to put a token together
-from two others, best score first). llama.cpp puts the dummy space before every stretch of text that follows the start or a
-special token, also before one that begins with a space; so does the normalizer here.
+SentencePiece (`llama`): vocabulary and scores are in the file; merges follow from them (every way to put a token
+together from two others, best score first). llama.cpp puts the dummy space before every stretch of text that follows
+the start or a special token, also before one that begins with a space; so does the normalizer here.
 """
 
 import logging
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,18 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import UserError
 from .gguf_config import Metadata
-from .gguf_pretokenizers import PRE_TOKENIZERS
+from .gguf_pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _LOG = logging.getLogger(__name__)
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 SPACE = "\u2581"
+# Characters. The way from scores to merges takes time in its square.
+_LONGEST = 1024
 # Token texts that end a completion whatever the metadata says, as in llama.cpp (src/llama-vocab.cpp).
 _ENDS = frozenset(
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
-    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <｜end▁of▁sentence｜> [e~[".split()
+    {"<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"}
+    | {"<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>"}
+    | {"<end_of_utterance>", "<eos>", "<turn|>", "<｜end▁of▁sentence｜>", "[e~["}
 )
 # In models that have all of these, <|end|> ends a message and not the completion (gpt-oss).
 _HARMONY = {"<|return|>", "<|call|>", "<|end|>"}
@@ -61,8 +64,10 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
             "(SentencePiece). Fix: convert the model with its tokenizer, or pass token ids"
         )
     if len(set(tokens)) != len(tokens):
-        twice = next(t for i, t in enumerate(tokens) if t in set(tokens[:i]))
+        twice = Counter(tokens).most_common(1)[0][0]
         raise metadata.damaged(f"tokenizer.ggml.tokens holds {twice!r} twice")
+    if max(map(len, tokens)) > _LONGEST:
+        raise metadata.damaged(f"tokenizer.ggml.tokens holds a token of {max(map(len, tokens))} characters")
     types = _numbers(metadata, "token_type", len(tokens), NORMAL)
     scores = _numbers(metadata, "scores", len(tokens), 0.0)
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
@@ -73,7 +78,7 @@ def read_vocabulary(metadata: Metadata) -> Vocabulary:
     pre = metadata.get("tokenizer.ggml.pre", "string", "default")
     if model == "gpt2" and pre not in PRE_TOKENIZERS:
         raise UserError(
-            f"{metadata.where}: tokenizer.ggml.pre is {pre!r}, a way to cut text that bitsmith does not know; accepted: "
+            f"{metadata.where}: tokenizer.ggml.pre is {pre!r}, a way to cut text not known here; accepted: "
             f"{', '.join(PRE_TOKENIZERS)}. Fix: use the model's own tokenizer, or pass token ids"
         )
     return Vocabulary(
@@ -123,21 +128,24 @@ def _byte_level(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:
     pre = PRE_TOKENIZERS[vocabulary.pre]
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
     merges = []
+    if metadata.strings("tokenizer.ggml.merges") is None:
+        raise metadata.damaged("tokenizer.ggml.merges is missing")
     for line in vocabulary.merges:
         at = line.find(" ", 1)
         left, right = (line[:at], line[at + 1 :]) if at > 0 else (line, "")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise metadata.damaged(f"tokenizer.ggml.merges holds {line!r}, whose parts or result are no tokens")
         merges.append((left, right))
-    if not merges:
-        raise metadata.damaged("tokenizer.ggml.merges is missing")
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.ignore_merges))
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = cutter(pre)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def cutter(pre: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """What cuts text before byte-level BPE merges."""
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _sentence_piece(vocabulary: Vocabulary, metadata: Metadata) -> Tokenizer:

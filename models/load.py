@@ -21,6 +21,9 @@ from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
 from .fused import fuse
+from .gguf_config import Metadata
+from .gguf_file import read_gguf
+from .gguf_tokenizer import build_tokenizer
 from .linear import (
     EXPERTS,
     QuantLinear,
@@ -91,6 +94,8 @@ def read_ahead(files: Iterable[Path]) -> None:
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer. UserError naming what is missing where it has none."""
     directory = resolve(path)
+    if directory.suffix == ".gguf":
+        return build_tokenizer(Metadata(read_gguf(directory)))
     if not any(
         (directory / name).exists()
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -129,9 +134,12 @@ def serving_dtype(path: str | Path, device: str | torch.device) -> torch.dtype |
 
 def build(ckpt: AnyCheckpoint, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
     """The model with every parameter on the meta device and its non-persistent buffers (rotary frequencies ...)
-    computed.
+    computed. Where it has no "sdpa" (soft caps, sinks), its attention is "eager".
     """
     config = ckpt.pretrained_config()
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if attn_implementation == "sdpa" and not getattr(kind, "_supports_sdpa", True):
+        attn_implementation = "eager"
     with torch.device("meta"):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -207,7 +215,7 @@ class _Loader:
         if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
             self._experts(module, leaf, placement.stack)
             return True
-        _LOG.warning("%s is quantized but no plain linear: it is dequantized", placement.target)
+        _LOG.info("%s is quantized but no plain linear: it is dequantized", placement.target)
         shapes = source_shapes(self.model, placement)
         tensors = [self.ckpt.dense(s, shapes[s]) for s in placement.sources]
         return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())

@@ -49,9 +49,13 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     method: str = "rtn"
     calib: str = ""
+    # Modules by their full path; goes before the rules.
+    modules: Mapping[str, Spec] = field(default_factory=dict)
 
     def spec(self, module: str) -> Spec | None:
         """The spec of a module, None where it stays as it is."""
+        if module in self.modules:
+            return self.modules[module]
         for pattern, spec in self.rules:
             if matches(pattern, module):
                 return None if spec == "skip" else spec

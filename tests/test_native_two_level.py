@@ -1,4 +1,4 @@
-"""The native library's products of two-level scales, and of one level with mins, against their torch twins."""
+"""The native library's products of two-level scales, of grids, and of one level with mins, against their torch twins."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsmith.kernels import dispatch, native, native_two_level
+from bitsmith.kernels import dispatch, native, native_grids, native_two_level
 from bitsmith.kernels.qtensor import QTensor
 from bitsmith.quant_formats import gguf_blocks
 from torch import Tensor
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+GRIDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 ONE_LEVEL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SHAPES = ((48, 512), (33, 256), (1, 1024))
 ROWS = (1, 2, 3, 4, 5, 7, 17)
@@ -41,6 +42,14 @@ def random_qtensor(name: str, shape: tuple[int, int]) -> QTensor:
     return gguf_blocks.unpack(name, gguf_bytes.random_rows(name, *shape, calm=True), shape)
 
 
+def pack(q: QTensor) -> native_two_level.TwoLevelLinear | native_grids.GridLinear:
+    """The one product that takes `q`."""
+    if q.spec.table in native_grids.GRIDS and native.best_path().startswith("neon"):
+        pytest.skip(f"{q.spec} has no NEON product")
+    assert native_two_level.supports(q) != native_grids.supports(q)
+    return native_two_level.pack(q) if native_two_level.supports(q) else native_grids.pack(q)
+
+
 def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
     """Relative to the size of a sum of products with independent errors; x and weight as they meet."""
     assert bool(y.isfinite().all())
@@ -49,12 +58,11 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
 
 
 @pytest.mark.parametrize("path", ["", "generic"])
-@pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES, SHAPES)))
+@pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES + GRIDS, SHAPES)))
 def test_products(name: str, shape: tuple[int, int], path: str) -> None:
     """Integer dot products are exact: only float32 sums differ from dequantize()."""
     q = random_qtensor(name, shape)
-    assert native_two_level.supports(q)
-    product, weight = native_two_level.pack(q), q.dequantize()
+    product, weight = pack(q), q.dequantize()
     for m in ROWS:
         x = torch.randn(m, shape[1])
         x[0, 0] = 30.0
@@ -62,21 +70,24 @@ def test_products(name: str, shape: tuple[int, int], path: str) -> None:
 
 
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + GRIDS)
 def test_extreme_codes_do_not_saturate(name: str, byte: int) -> None:
     """All codes, scale codes and activations at their smallest or largest."""
     raw = torch.full((16, gguf_blocks.row_bytes(name, 512)), byte, dtype=torch.uint8)
     _, size, halves = gguf_bytes.LAYOUTS[name]
     for at in halves:
         raw.view(-1, size)[:, at : at + 2] = torch.tensor([0.5]).half().view(torch.uint8)
+    if name == "IQ1_M":
+        # Its float16 lies in the top four bits of four words: 0x3000 and what the byte leaves below.
+        raw.view(-1, size)[:, 55] = raw.view(-1, size)[:, 55] & 0x0F | 0x30
     q = gguf_blocks.unpack(name, raw, (16, 512))
     x = torch.full((3, 512), 2.0)
     x[1] = -2.0
-    found, weight = native_two_level.pack(q)(x), q.dequantize()
+    found, weight = pack(q)(x), q.dequantize()
     assert torch.equal(found, torch.zeros(3, 16)) if not weight.any() else error(found, x, weight) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES, SHAPES)))
+@pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES + GRIDS, SHAPES)))
 def test_the_same_tensor_comes_back(name: str, shape: tuple[int, int]) -> None:
     q = random_qtensor(name, shape)
     product = dispatch.prepare(q, torch.bfloat16)
@@ -88,7 +99,7 @@ def test_the_same_tensor_comes_back(name: str, shape: tuple[int, int]) -> None:
         assert product.nbytes <= 1.03 * q.nbytes
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + GRIDS)
 def test_16_bit_activations_and_results(name: str) -> None:
     q = random_qtensor(name, (40, 512))
     product = dispatch.prepare(q, torch.bfloat16)
@@ -100,17 +111,18 @@ def test_16_bit_activations_and_results(name: str) -> None:
     assert not product(torch.zeros(3, 512, dtype=torch.bfloat16)).any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + GRIDS)
 def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
-    product = native_two_level.pack(random_qtensor(name, (80, 256)))
+    product = pack(random_qtensor(name, (80, 256)))
     x = torch.randn(9, 256)
     alone = torch.cat([product(row[None]) for row in x])
     for m in (2, 3, 4, 7, 9):
         assert torch.equal(product(x[:m].contiguous()), alone[:m])
 
 
-def test_threads_share_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = native_two_level.pack(random_qtensor("Q4_K", (700, 256)))
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_S"])
+def test_threads_share_one_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = pack(random_qtensor(name, (700, 256)))
     x = torch.randn(9, 256)
     results = []
     for count in (1, 2, 5):
@@ -121,11 +133,11 @@ def test_threads_share_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not native_two_level.supports(random_qtensor("Q4_0", (16, 256)))
-    assert not native_two_level.supports(random_qtensor("IQ2_XS", (16, 256)))
-    q = random_qtensor("Q4_K", (16, 256))
+    both = [random_qtensor(name, (16, 256)) for name in ("Q4_K", "IQ2_XS")]
     monkeypatch.setenv("BITSMITH_ACT", "bf16")
-    assert not native_two_level.supports(q)
-    assert dispatch.prepare(q, torch.bfloat16).name == "lookup"
+    for q in both:
+        assert not native_two_level.supports(q) and not native_grids.supports(q)
+        assert dispatch.prepare(q, torch.bfloat16).name != "native-a8"
 
 
 @pytest.mark.parametrize("name", ONE_LEVEL)

@@ -62,9 +62,15 @@ struct Input {
   std::vector<float> scale, sum;     // [m][chunks]: int8 step; step * sum of the codes (BFLOAT: sum of the inputs)
 };
 
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC before 13 has no _Float16 in C++ there.
+#else
+using Half = _Float16;
+#endif
+
 inline float half_to_float(uint16_t h) {
 #if BITSMITH_X86 || defined(__aarch64__)
-  _Float16 v;
+  Half v;
   std::memcpy(&v, &h, 2);
   return static_cast<float>(v);
 #else
@@ -110,7 +116,7 @@ inline void store(void* p, int64_t i, int32_t dtype, float v) {
   if (dtype == F32) static_cast<float*>(p)[i] = v;
   else if (dtype == BF16) static_cast<uint16_t*>(p)[i] = float_to_bfloat(v);
   else {
-    const _Float16 h = static_cast<_Float16>(v);
+    const Half h = static_cast<Half>(v);
     std::memcpy(static_cast<uint16_t*>(p) + i, &h, 2);
   }
 }

@@ -8,7 +8,10 @@
 #include "common.h"
 #include "folded.h"
 #include "generic.h"
+#include "grids.h"
 #include "layer.h"
+#include "neon.h"
+#include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
 #include "two_level.h"
@@ -23,7 +26,7 @@ using namespace bitsmith;
 
 namespace {
 
-enum Path : int32_t { GENERIC = 0, AVX2 = 1, AVX512 = 2, AMX = 3, FOLDED = 4 };
+enum Path : int32_t { GENERIC = 0, AVX2 = 1, AVX512 = 2, AMX = 3, FOLDED = 4, NEON = 5, NEON_SDOT = 6 };
 
 using Rows = void (*)(const Weight&, const Input&, int64_t nb, void* y, int32_t dtype);
 using Prepare = void (*)(const Weight&, const void* x, int32_t dtype, int64_t row, Input&);
@@ -36,6 +39,9 @@ int32_t best_path() {
 #endif
   if (avx512::supported()) return AVX512;
   if (avx2::supported()) return AVX2;
+#endif
+#if BITSMITH_NEON
+  return neon::has_sdot() ? NEON_SDOT : NEON;
 #endif
   return GENERIC;
 }
@@ -61,7 +67,7 @@ Panels panels_of(const Weight& w) {
 }
 #endif
 
-Rows rows_of(const Weight& w, int32_t path) {
+Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
 #if defined(__linux__)
   if (path == AMX && w.kind == INT8) BY_BITS(amx::many, INT8)
@@ -71,14 +77,21 @@ Rows rows_of(const Weight& w, int32_t path) {
   if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
   if (path == AVX2) BY_BITS(avx2::rows, INT8)
 #endif
+#if BITSMITH_NEON
+  if (path == NEON_SDOT) BY_BITS(neon::rows, neon::Dot)
+  if (path == NEON) BY_BITS(neon::rows, neon::Widen)
+#endif
   return generic::rows;
 }
 
-Prepare prepare_of(const Weight& w, int32_t path) {
+Prepare prepare_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
   if (path == FOLDED) return avx512::prepare<BFLOAT>;
   if (path == AVX2) return avx2::prepare;
   if (path >= AVX512) return w.kind == INT8 ? avx512::prepare<INT8> : avx512::prepare<BFLOAT>;
+#endif
+#if BITSMITH_NEON
+  if (path >= NEON) return neon::prepare;
 #endif
   return generic::prepare;
 }
@@ -114,10 +127,25 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
+// Rounds m rows of activations, then rows(activations, nb) for each block of 16 outputs.
+template <class Rows>
+void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), const void* x,
+                       int32_t x_dtype, int64_t m, int32_t threads, const Rows& rows) {
+  static thread_local two_level::Input buffers;
+  two_level::Input& in = buffers;
+  two_level::shape(w, m, in);
+  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
+  const int64_t count = w.row_blocks();
+  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+  pool().run(tasks, threads, [&](int64_t task) {
+    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(in, nb);
+  });
+}
+
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 5; }
+BITSMITH_API int32_t bitsmith_abi() { return 7; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -186,9 +214,10 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; otherwise AVX2, which the machine must have.
+// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; NEON, NEON_SDOT; otherwise the best of AVX2 and NEON, which
+// the machine must have.
 BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
-                                            int32_t threads, int32_t path) {
+                                            int32_t threads, [[maybe_unused]] int32_t path) {
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
@@ -197,16 +226,32 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     prepare = two_level::vectors::prepare;
     rows = two_level::vectors::rows_of(w);
   }
+#elif BITSMITH_NEON
+  if (path < 0) path = best_path();
+  if (path != GENERIC) {
+    prepare = two_level::neon::prepare;
+    rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
+  }
 #endif
-  static thread_local two_level::Input buffers;
-  two_level::Input& in = buffers;
-  two_level::shape(w, m, in);
-  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
-  const int64_t count = w.row_blocks();
-  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-  pool().run(tasks, threads, [&](int64_t task) {
-    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(w, in, nb, y, y_dtype);
-  });
+  two_level_product(w, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { rows(w, in, nb, y, y_dtype); });
+}
+
+// bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
+BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
+                                        int32_t threads, [[maybe_unused]] int32_t path) {
+  const grids::Weight& w = *weight;
+  auto prepare = two_level::prepare;
+  auto chunk = grids::chunk;
+#if BITSMITH_X86
+  if (path != GENERIC) {
+    prepare = two_level::vectors::prepare;
+    chunk = grids::chunk256;
+  }
+#endif
+  // Activations depend on the weight's size alone.
+  two_level::Weight size{};
+  size.n = w.n, size.k = w.k;
+  two_level_product(size, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { grids::rows(w, in, chunk, nb, y, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
@@ -258,15 +303,13 @@ BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const
 
 // Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
 // plain: the loops of layer.h, for tests.
-BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, int32_t plain) {
+BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
   const layer::Attention& a = *what;
   const int64_t shared = a.heads / a.kv_heads, parts = (shared + layer::GROUP - 1) / layer::GROUP;
   int64_t keys = 0;
   for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
 #if BITSMITH_X86
   const bool vectors = !plain && attend512::takes(a);
-#else
-  const bool vectors = false;
 #endif
   const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
   pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {

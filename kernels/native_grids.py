@@ -1,0 +1,120 @@
+"""Products of the native library for codes that are indices and signs of a named grid (kernels/grids.py; GGUF's IQ1,
+IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h.
+
+The QTensor is read as it is: nothing is packed, and nothing is kept beside it but the grid.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import grids, native, ops
+from .native_two_level import SUPER
+from .qtensor import QTensor
+from .spec import GRIDS
+
+
+class _Weight(ctypes.Structure):
+    """`grids::Weight` of cpp/grids.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "words", "scale_words")),
+        ("unit", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("width", "index_bits", "indices", "sign_bits", "group", "scale_bits")),
+    )
+
+
+@dataclass(frozen=True)
+class GridLinear:
+    """x -> x @ W.T. Made by `pack`."""
+
+    name = "native-a8"
+    q: QTensor
+    # What `linear` takes.
+    _header: Tensor = field(repr=False)
+    _tensors: list[Tensor | None] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes
+
+    def __call__(self, x: Tensor, path: str = "") -> Tensor:
+        """x [M, K] contiguous, float32, bfloat16 or float16 -> [M, N] in x's dtype.
+
+        path: "generic" for the plain loops that define the result, for tests.
+        """
+        if path:
+            return _linear(x, self._header, self._tensors, self.q.shape[0], native.PATHS.index(path))
+        y: Tensor = linear(x, self._header, self._tensors, self.q.shape[0])
+        return y
+
+    def qtensor(self) -> QTensor:
+        return self.q
+
+
+def supports(q: QTensor) -> bool:
+    """Whether `pack` can take `q` on this machine (which must have AVX2) and int8 activations are allowed."""
+    spec = q.spec
+    level = spec.two_level
+    if spec.table not in GRIDS or level is None or spec.rows != 1 or spec.view or q.shape[1] % SUPER:
+        return False
+    whole = level[0] == "f16" and spec.group * level[1] == SUPER and spec.group in (16, 32) and spec.scale_code[0] < 8
+    return whole and native.best_path() in ("avx2", "avx512", "amx") and native.int8_activations()
+
+
+def pack(q: QTensor) -> GridLinear:
+    """The product of `q`; `supports(q)` must be true."""
+    spec, table = q.spec, grids.TABLES[q.spec.table]
+    parts = {name: part.contiguous() for name, part in q.parts.items()}
+    vectors, signs, step = _tables(spec.table)
+    weight = _Weight(
+        n=q.shape[0], k=q.shape[1], words=parts["codes"].shape[1], scale_words=parts["scales"].shape[1],
+        unit=table.factor / 2 * step, width=spec.width, index_bits=vectors.shape[0].bit_length() - 1,
+        indices=table.indices, sign_bits=table.signs, group=spec.group, scale_bits=spec.scale_code[0],
+        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
+        vectors=vectors.data_ptr(), signs=None if signs is None else signs.data_ptr(),
+    )  # fmt: skip
+    held = [*parts.values(), vectors, *([] if signs is None else [signs])]
+    return GridLinear(QTensor(spec, q.shape, parts, q.extra), *native.operands(weight, held))
+
+
+@cache
+def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
+    """(int8 [2**bits, 8 or 4] numbers by index, uint8 [2**signs, 8] of 0 and 255 or None, the unit of the numbers).
+
+    Where a shift is part of the code it is part of the index here: numbers are then eighths.
+    """
+    table = grids.TABLES[name]
+    if table.signs:
+        negative = grids.signs(table.signs) < 0
+        return grids.vectors(name).to(torch.int8), negative.to(torch.uint8) * 255, 1.0
+    numbers = grids.value(name, torch.arange(1 << table.bits, dtype=torch.int32)[None])[0]
+    return (numbers / grids.SHIFT).to(torch.int8), None, grids.SHIFT
+
+
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    _linear_call(y, x, header, tensors, path)()
+    return y
+
+
+def _linear_call(
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
+) -> Callable[[], object]:
+    lib = native.library()
+    assert lib is not None
+    return native.product_call(lib.bitsmith_grids_linear, native.structure(_Weight, header, tensors), y, x, path)
+
+
+# x [M, K] contiguous; header and tensors from `native.operands` -> [M, n] in x's dtype.
+linear = ops.define(
+    "native_grids(Tensor x, Tensor header, Tensor?[] tensors, int n) -> Tensor",
+    _linear,
+    native.linear_fake,
+    lambda results, x, header, tensors, n: _linear_call(results[0], x, header, tensors),
+)
