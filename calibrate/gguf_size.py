@@ -50,7 +50,7 @@ def targeted(ckpt: AnyCheckpoint, target: Target, imatrix: Imatrix | None, notes
     fixed = sum(4 * math.prod(each.shape) for each in tensors if each not in chosen)
     measured = Measured(notes, {"source": source_name(ckpt), "imatrix": imatrix and imatrix.where, "types": CANDIDATES})
     sources = [Source(each.name, each.shape, partial(_whole, each, ckpt)) for each in chosen]
-    measure(sources, CANDIDATES, _restored, imatrix, measured, progress)
+    measure(sources, CANDIDATES, _restored, imatrix, {}, measured, progress)
     check_target(measured.table, wanted, fixed)
     types = allocate(measured.table, wanted, fixed).types
     notes.unlink()
