@@ -17,7 +17,6 @@ bit for bit.
 
 import ctypes
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -27,7 +26,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from . import bits, ops
 from .families import family
 from .native_inputs import int8_activations as int8_activations

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
+
 def rounded_activations(x: Tensor, group: int) -> Tensor:
     """The torch twin of what int8 products do to x [M, K]: float32, each chunk of a row rounded to 255 steps.
 
