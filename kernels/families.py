@@ -91,7 +91,7 @@ def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     """
     stored = parts["scales"]
     if spec.two_level is None:
-        one = _one_level(spec, stored)
+        one = one_level(spec, stored)
         return one * parts["global_scale"].float() if "global_scale" in parts else one
     codes = level_codes(spec, stored, parts["super_scales"])
     if "scale_table" in parts:
@@ -107,7 +107,7 @@ def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
 def mins(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     """Effective mins, float32 [R', G], of a spec whose zero is `min`: stored like its scales, codes unsigned."""
     if spec.two_level is None:
-        return _one_level(spec, parts["mins"])
+        return one_level(spec, parts["mins"])
     codes = level_codes(spec, parts["mins"], parts["super_mins"])
     return _times_supers(spec, codes.float(), parts["super_mins"])
 
@@ -125,7 +125,8 @@ def level_codes(spec: Spec, stored: Tensor, supers: Tensor) -> Tensor:
     return bits.unpack(stored, width, supers.numel() * level[1] // stored.shape[0])
 
 
-def _one_level(spec: Spec, stored: Tensor) -> Tensor:
+def one_level(spec: Spec, stored: Tensor) -> Tensor:
+    """Scales (or mins) of one level as stored -> float32: the inverse of `one_level_parts`."""
     if spec.scale == "e8m0":
         return torch.exp2(stored.float() - 127)
     if spec.scale == "ue4m3":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .affine import stored
-from .families import Family, one_level_parts, spread
+from .families import Family, one_level, one_level_parts, spread
 from .grid import SHRINKS, Params, blocks, search
 from .spec import Spec
 
@@ -38,8 +38,8 @@ class MinifloatGrid:
     """Scale = absmax / largest number, values rounded to nearest even by the hardware definition of the dtype."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
-        if (spec.table, spec.scale, weight) == ("e2m1", "e8m0", None):
-            return self._microscaled(w, spec)
+        if spec.table == "e2m1" and spec.scale in _STORED_BYTES and weight is None:
+            return self._plain(w, spec)
         largest = E2M1[-1] if spec.table == "e2m1" else torch.finfo(FLOATS[spec.table]).max
         absmax = blocks(w.abs(), spec)[0].amax(-1)
 
@@ -50,13 +50,12 @@ class MinifloatGrid:
         few = {"e8m0": (1.0, 0.5), "ue4m3": tuple(1 - 0.06 * i for i in range(8))}
         return search(w, spec, weight, propose, self, few.get(spec.scale, SHRINKS))
 
-    def _microscaled(self, w: Tensor, spec: Spec) -> Params:
-        """OCP Microscaling 1.0, 6.3, as llama.cpp has it (quantize_row_mxfp4_ref): the scale is the power of two that
-        puts the largest number of a group between 4 and 8; of two equally near numbers the smaller magnitude."""
-        absmax = blocks(w.abs(), spec)[0].amax(-1)
-        exponent = torch.where(absmax > 0, absmax.log2().floor() + 125, 0.0).clamp(0, 254)
-        params = Params(torch.exp2(exponent - 127), parts={"scales": exponent.to(torch.uint8)})
-        small = w / spread(params.scale, spec, (w.shape[0], w.shape[1]))
+    def _plain(self, w: Tensor, spec: Spec) -> Params:
+        """What llama.cpp writes (quantize_row_mxfp4_ref, quantize_row_nvfp4_ref in ggml-quants.c, MIT): the scale from
+        the largest number of a group, and of two equally near numbers the one of smaller magnitude."""
+        byte = _STORED_BYTES[spec.scale](blocks(w.abs(), spec)[0].amax(-1))
+        params = Params(one_level(spec, byte), parts={"scales": byte})
+        small = (w / spread(params.scale, spec, (w.shape[0], w.shape[1]))).nan_to_num(0.0)
         code = torch.bucketize(small.abs(), _edges(w.device))
         return replace(params, codes=(code + 8 * ((small < 0) & (code > 0))).to(torch.uint8))
 
@@ -80,6 +79,27 @@ def _nearest_e2m1(w: Tensor) -> Tensor:
     above = torch.bucketize(w.abs(), edges, right=True)
     code = torch.where(below % 2 == 0, below, above)
     return (code + 8 * (w < 0)).to(torch.uint8)
+
+
+def _e8m0(largest: Tensor) -> Tensor:
+    """uint8: the power of two that puts the largest number between 4 and 8 (OCP Microscaling 1.0, 6.3)."""
+    # The logarithm is rounded to float32, as theirs is, before it is rounded down.
+    exponent = torch.where(largest > 0, largest.double().log2().float().floor() + 125, 0.0)
+    return exponent.clamp_(0, 254).to(torch.uint8)
+
+
+def _ue4m3(largest: Tensor) -> Tensor:
+    """uint8: E4M3 of a sixth, halves rounded up, never from a subnormal to a normal number. Theirs is 0, and so all
+    numbers of the group, below 2**-10; here only where all numbers are 0. Theirs is 448 from 256 on."""
+    scale = largest / E2M1[-1]
+    pattern = ((scale.contiguous().view(torch.int32) + (1 << 19)) >> 20) - ((127 - 7) << 3)
+    subnormal = (scale * 512 + 0.5).floor().clamp(1, 7)
+    byte = torch.where(scale < 2.0**-6, subnormal, pattern.clamp(max=0x7E).float())
+    return byte.masked_fill_(scale == 0, 0.0).to(torch.uint8)
+
+
+# Largest magnitudes of groups -> their scales as they are stored, for E2M1 codes.
+_STORED_BYTES = {"e8m0": _e8m0, "ue4m3": _ue4m3}
 
 
 def _edges(device: torch.device) -> Tensor:

@@ -16,8 +16,8 @@ from bitsmith.quant_formats import gguf_blocks
 from .gguf_weights import error, importance, weights
 
 THEIRS = json.loads((Path(__file__).parent / "golden" / "gguf_search.json").read_text())
-# Rules without a search: the same bytes. NVFP4 differs in which of two equal errors it takes.
-EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
+# Rules without a search: the same bytes.
+EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
 K_QUANTS = [str(gguf_blocks.spec(kind)) for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")]
 
 
