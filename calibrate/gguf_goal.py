@@ -76,7 +76,10 @@ def gguf_goal(
             "alone with --target-size or --target-bpw"
         )
     if options.target:
-        found = targeted(ckpt, options.target, imatrix, out.with_name(out.name + ".losses.json"), progress)
+        if calib is None:
+            raise UserError("a target size needs text to measure what each tensor loses. Fix: --calib FILE or hub:NAME")
+        notes = out.with_name(out.name + ".losses.json")
+        found = targeted(ckpt, options.target, imatrix, calib, rows_of["seed"], notes, progress)
     else:
         found = layout(ckpt, kind, options.overrides, imatrix)
     known = {} if imatrix is None else importances(found.tensors, imatrix)

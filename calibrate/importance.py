@@ -46,7 +46,7 @@ def measure(
     if process_output and all(link.tensor != _OUTPUT for link in named):
         raise UserError(f"{src}: --process-output, but the output is the embeddings' weight. Fix: leave it out")
     ids = calibration_rows(ckpt, calib, calib_samples, calib_seqlen, seed)
-    run = _Run(model, ckpt, ids.to(device))
+    run = Walk(model, ckpt, ids.to(device))
     keys = {
         link.tensor: tuple(key for weight in link.weights for key in run.keys.get(weight, ()))
         for link in named
@@ -58,7 +58,7 @@ def measure(
     return from_stats(found, {name: group for name, group in keys.items() if group}, Path(calib).name, *ids.shape)
 
 
-class _Run:
+class Walk:
     """The model on the meta device, and where its weights and inputs are."""
 
     def __init__(self, model: PreTrainedModel, ckpt: AnyCheckpoint, ids: Tensor) -> None:
@@ -74,7 +74,8 @@ class _Run:
                 self.shapes |= source_shapes(model, placement)
         self.runs = Blocks(model, self.path, ids)
 
-    def _load(self, part: int) -> None:
+    def load(self, part: int) -> None:
+        """Give the model the weights of a block, or (the last part) of everything outside them."""
         load_weights(
             self.model, self.places[part], lambda s: self.ckpt.dense(s, self.shapes.get(s)), self.device, self.ckpt.path
         )
@@ -83,12 +84,12 @@ class _Run:
         """Squares of the inputs of every linear and expert of the blocks, by key."""
         if any(is_experts(m) for m in self.model.modules()):
             self.model.set_experts_implementation(EXPERTS)
-        self._load(len(self.places) - 1)
+        self.load(len(self.places) - 1)
         tie(self.model)
         self.runs.begin()
         found: dict[str, Squares] = {}
         for index in tqdm(range(len(self.places) - 1), unit="block", disable=not progress, desc="imatrix"):
-            self._load(index)
+            self.load(index)
             inside = {f"{self.path}.{index}.{n}": m for n, m in self.runs.list[index].named_modules()}
             linears = {path: module for path, module in inside.items() if is_linear(module)}
             experts = {path: module for path, module in inside.items() if is_experts(module)}

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..quant_formats.gguf_mixture import fitting, needs_imatrix, tensor_bytes
-from .allocate import Choice, Measured, weighted_error
+from .allocate import Choice, Measured
+from .fisher import Curvature
 from .imatrix import Imatrix
 
 # Weights of a tensor that are quantized to measure it: whole rows, evenly spread. The quantizers of the smallest types
@@ -29,6 +30,8 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     # The weight as the file will hold it; called once, and only where the tensor was not measured before.
     weight: Callable[[], Tensor]
+    # How much its errors matter, once for each use of it: rows [M * N], columns [K].
+    curvatures: Sequence[Curvature]
 
 
 def measure(
@@ -41,8 +44,7 @@ def measure(
 ) -> None:
     """Put every tensor's bytes and loss as each of the candidate types (ggml's names) into `measured`.
 
-    The loss is the squared error of the tensor's output, relative to the output where inputs are independent (see
-    `relative_loss`), on a sample of rows. A type whose blocks do not fit a tensor's rows is replaced by what llama.cpp
+    The loss is what the error adds to the KL divergence, nats a token (`expected_kld`), on a sample of rows. A type whose blocks do not fit a tensor's rows is replaced by what llama.cpp
     falls back to; one that needs an importance matrix is left out where there is none, UserError where that leaves
     nothing.
     """
@@ -56,7 +58,8 @@ def measure(
         choices = {}
         for kind in kinds:
             restored = torch.stack([restore(w, kind, row) for w, row in zip(matrices, rows, strict=True)])
-            choices[kind] = Choice(tensor_bytes(kind, source.shape), relative_loss(matrices, restored, importance))
+            loss = expected_kld(restored - matrices, source.curvatures, source.shape)
+            choices[kind] = Choice(tensor_bytes(kind, source.shape), loss)
         measured.put(source.name, choices)
 
 
@@ -72,14 +75,21 @@ def types_for(source: Source, candidates: Collection[str], covered: bool) -> lis
     return found
 
 
-def relative_loss(weight: Tensor, restored: Tensor, importance: Tensor | None) -> float:
-    """Squared error of the output over the squared output, both for independent inputs; weight, restored [M, N, K]."""
-    nothing = torch.zeros_like(weight)
-    return weighted_error(weight, restored, importance) / max(weighted_error(weight, nothing, importance), 1e-30)
+def expected_kld(error: Tensor, curvatures: Sequence[Curvature], shape: Sequence[int]) -> float:
+    """1/2 sum F * error**2 of a weight of `shape` [N, K] or [M, N, K]; error [M, n, K] of every so many-th row."""
+    count, rows = error.shape[:2]
+    total, step = 0.0, _step(math.prod(shape))
+    for each in curvatures:
+        weighted = error.double().square() @ each.columns.to(error.device)
+        matter = each.rows.to(error.device).view(count, -1)
+        total += float((weighted * matter[:, :: min(step, matter.shape[1])]).sum()) * matter.shape[1] / rows
+    return total / 2
 
 
 def _sampled(matrices: Tensor) -> Tensor:
     """[M, N, K] -> [M, n, K] with about `_SAMPLE` weights, at least a row of each."""
-    count, rows, columns = matrices.shape
-    step = max(1, math.ceil(rows * columns * count / _SAMPLE))
-    return matrices[:, :: min(step, rows)]
+    return matrices[:, :: min(_step(matrices.numel()), matrices.shape[1])]
+
+
+def _step(weights: int) -> int:
+    return max(1, math.ceil(weights / _SAMPLE))
