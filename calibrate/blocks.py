@@ -91,7 +91,7 @@ class Blocks:
         self.hidden = [self.embed(rows) for rows in self.ids.split(_BATCH)]
 
     def embed(self, rows: Tensor) -> Tensor:
-        """What the first block is given for `rows` int64 [samples, seqlen]; after `begin`, gradients flow if enabled."""
+        """What the first block is given for `rows` int64 [samples, seqlen]."""
         with self._stub(None) as seen:
             self._forward(rows)
         found: Tensor = seen[0][0][0]

@@ -7,7 +7,7 @@ chosen by the relative error of each tensor's output have up to 7 times as much 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,14 @@ from ..models.gguf_plan import Planned, permuted, pieces, plan
 from ..quant_formats.gguf_mixture import is_quantized
 from ..quant_formats.gguf_rules import MIXTURES
 from .allocate import Measured, Table, allocate, check_target, parse_bpw, parse_size
-from .data import calibration_rows
 from .fisher import Curvature, curvatures
 from .gguf import Layout, known, rounded
 from .imatrix import Imatrix
 from .plan import source_name
 from .sensitivity import Source, measure
 
-# Samples and tokens of the text that gradients are taken of: 1024 tokens already predict a KLD to 10 %.
-_TEXT = (16, 512)
 # What a tensor may become.
-CANDIDATES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+CANDIDATES = ("IQ2_XXS", "IQ2_S", "Q2_K", "IQ3_XXS", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 @dataclass(frozen=True)
@@ -46,27 +43,32 @@ class Target:
 
 
 def targeted(
-    ckpt: AnyCheckpoint, target: Target, imatrix: Imatrix | None, calib: str, seed: int, notes: Path, progress: bool
+    ckpt: AnyCheckpoint,
+    target: Target,
+    imatrix: Imatrix | None,
+    notes: Path,
+    calib: str,
+    rows: Mapping[str, int],
+    progress: bool,
 ) -> Layout:
     """The types that lose least on the text `calib` in a file of at most `target` bytes (its header, a few hundred KB,
     not counted).
 
-    Losses are kept in `notes` as they are measured, so that a killed run goes on. UserError for a target that no choice
-    of types meets, and one beyond every tensor's best.
+    `rows` says the tokens of a sample and the seed; curvatures take few samples. Losses are kept in `notes` as they are
+    measured, so that a killed run goes on. UserError for a target that no choice of types meets, and one beyond every
+    tensor's best.
     """
     arch, tensors = plan(ckpt)
     wanted = target.bytes(sum(math.prod(each.shape) for each in tensors))
     name = arch.name.partition("+")[0]
     chosen = [each for each in tensors if each.link and is_quantized(each.name, each.shape, name)]
     fixed = sum(4 * math.prod(each.shape) for each in tensors if each not in chosen)
-    about = {"source": source_name(ckpt), "imatrix": imatrix and imatrix.where, "calib": calib, "types": CANDIDATES}
-    measured = Measured(notes, {**about, "seed": seed})
+    told = {"source": source_name(ckpt), "imatrix": imatrix and imatrix.where, "types": CANDIDATES, "calib": calib}
+    measured = Measured(notes, {**told, **rows})
     if any(each.name not in measured.table for each in chosen):
-        found = curvatures(ckpt, calibration_rows(ckpt, calib, *_TEXT, seed), seed, progress)
-        sources = [
-            Source(each.name, each.shape, partial(_whole, each, ckpt), matter)
-            for each, matter in zip(chosen, curvatures_of(chosen, found), strict=True)
-        ]
+        seqlen, seed = rows["seqlen"], rows["seed"]
+        found = curvatures(ckpt.path, calib=calib, calib_seqlen=seqlen, seed=seed, progress=progress)
+        sources = [Source(each.name, each.shape, partial(_whole, each, ckpt), matter(each, found)) for each in chosen]
         measure(sources, CANDIDATES, _restored, imatrix, measured, progress)
     check_target(measured.table, wanted, fixed)
     types = allocate(measured.table, wanted, fixed).types
@@ -75,29 +77,28 @@ def targeted(
     return Layout(_usual(measured.table, types), tuple(tensors), every)
 
 
-def curvatures_of(tensors: Sequence[Planned], found: Mapping[str, list[Curvature]]) -> list[list[Curvature]]:
-    """Those of each tensor, its rows in the order of the file. A tensor with a weight that has none gets the mean of
-    all others for every number."""
-    total = sum(float(c.rows.sum() * c.columns.sum()) for uses in found.values() for c in uses)
-    flat = total / max(1, sum(c.rows.numel() * c.columns.numel() for uses in found.values() for c in uses))
-    return [_curvatures(each, found) or [_flat(each.shape, flat)] for each in tensors]
+def matter(each: Planned, found: Mapping[str, list[Curvature]]) -> list[Curvature]:
+    """The curvatures of a tensor, one for each use of it, rows in the order of the file; [] where no token reached it.
 
-
-def _flat(shape: Sequence[int], value: float) -> Curvature:
-    rows = torch.full((math.prod(shape[:-1]),), value, dtype=torch.float64)
-    return Curvature(rows, torch.ones(shape[-1], dtype=torch.float64))
-
-
-def _curvatures(each: Planned, found: Mapping[str, list[Curvature]]) -> list[Curvature]:
-    """Experts' columns are averaged: rows say how much each expert matters."""
+    Of stacked experts rows say how much each matters and columns are averaged; those that no token reached count as the
+    mean of the others.
+    """
     assert each.link is not None
-    link, weights = each.link, each.link.weights
-    if link.part or link.transposed or any(weight not in found for weight in weights):
+    link, reached = each.link, [weight for weight in each.link.weights if weight in found]
+    outputs = math.prod(each.shape[:-1]) // len(link.weights)
+    if not reached:
         return []
-    if len(weights) == 1:
-        return [Curvature(permuted(link, c.rows), c.columns) for c in found[weights[0]]]
-    rows = torch.cat([found[weight][0].rows for weight in weights])
-    return [Curvature(rows, torch.stack([found[weight][0].columns for weight in weights]).mean(0))]
+    uses = {weight: [_expanded(c, outputs, each.shape[-1]) for c in found[weight]] for weight in reached}
+    if len(link.weights) == 1:
+        return [Curvature(permuted(link, c.rows), c.columns) for c in uses[reached[0]]]
+    seen = {weight: use[0] for weight, use in uses.items()}
+    mean = torch.stack([c.rows for c in seen.values()]).mean(0)
+    rows = torch.cat([seen[weight].rows if weight in seen else mean for weight in link.weights])
+    return [Curvature(rows, torch.stack([c.columns for c in seen.values()]).mean(0))]
+
+
+def _expanded(curvature: Curvature, rows: int, columns: int) -> Curvature:
+    return Curvature(curvature.rows.expand(rows), curvature.columns.expand(columns))
 
 
 def _whole(each: Planned, ckpt: AnyCheckpoint) -> Tensor:

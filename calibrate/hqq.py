@@ -41,7 +41,8 @@ def refine(matrix: Tensor, spec: Spec, params: Params) -> Params:
     if spec.two_level is not None or spec.scale in ("e8m0", "ue4m3") or spec.zero == "min":
         return params
     grid, shape = family(spec).grid, (matrix.shape[0], matrix.shape[1])
-    best, beta = params, _BETA
+    best = params = replace(params, codes=None)
+    beta = _BETA
     least = torch.full_like(params.scale, torch.inf)
     for _ in range(_STEPS):
         here = wide(params, spec, shape)
@@ -67,7 +68,7 @@ def _step(target: Tensor, codes: Tensor, w_hat: Tensor, here: Params, params: Pa
     unit = w_hat / here.scale
     power = _per_group(unit * unit, spec)
     scale = _per_group(target * unit, spec) / power.clamp(min=1e-12)
-    usable = (power > 0) & (scale > 0)
+    usable = (power > 0) & (scale * params.scale > 0)
     return replace(params, scale=torch.where(usable, _store(scale, spec.scale), params.scale))
 
 

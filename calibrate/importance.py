@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ..errors import UserError
-from ..models.checkpoint import AnyCheckpoint, open_checkpoint
+from ..models.checkpoint import open_checkpoint
 from ..models.gguf_archs import arch_of_model
 from ..models.gguf_names import links
 from ..models.linear import EXPERTS, is_experts, is_linear
@@ -39,40 +37,43 @@ def measure(
     One decoder block is in memory at a time. Like llama-imatrix, the output is left out unless `process_output`.
     Raises UserError for what the arguments or the checkpoint are to blame for; nothing is run before.
     """
-    ckpt = open_checkpoint(src)
-    # Not sdpa: Gemma 2's soft caps and gpt-oss' sinks are only computed by the plain one.
-    model = build(ckpt, torch.float32, "eager")
-    named = links(model, arch_of_model(model.config.model_type, str(ckpt.config_file)))
-    if process_output and all(link.tensor != _OUTPUT for link in named):
+    run = BlockRun(src, calib, calib_samples, calib_seqlen, device, seed)
+    if process_output and all(link.tensor != _OUTPUT for link in run.links):
         raise UserError(f"{src}: --process-output, but the output is the embeddings' weight. Fix: leave it out")
-    ids = calibration_rows(ckpt, calib, calib_samples, calib_seqlen, seed)
-    run = Walk(model, ckpt, ids.to(device))
     keys = {
         link.tensor: tuple(key for weight in link.weights for key in run.keys.get(weight, ()))
-        for link in named
+        for link in run.links
         if process_output or link.tensor != _OUTPUT
     }
     found = run.blocks(progress)
     if process_output:
         found |= run.output()
-    return from_stats(found, {name: group for name, group in keys.items() if group}, Path(calib).name, *ids.shape)
+    groups = {name: group for name, group in keys.items() if group}
+    return from_stats(found, groups, Path(calib).name, *run.runs.ids.shape)
 
 
-class Walk:
-    """The model on the meta device, and where its weights and inputs are."""
+class BlockRun:
+    """A model run over calibration text one block at a time, in float32, for what is measured by GGUF tensor."""
 
-    def __init__(self, model: PreTrainedModel, ckpt: AnyCheckpoint, ids: Tensor) -> None:
-        self.model, self.ckpt, self.device = model, ckpt, ids.device
-        self.path = find_blocks(model)
-        self.places = by_block(model, self.path, ckpt.weights)
+    def __init__(self, src: str | Path, calib: str, samples: int, seqlen: int, device: str, seed: int) -> None:
+        """UserError for a checkpoint that cannot be read, an architecture GGUF does not know, and unusable text."""
+        self.ckpt = open_checkpoint(src)
+        # Not sdpa: Gemma 2's soft caps and gpt-oss' sinks are only computed by the plain one.
+        self.model = build(self.ckpt, torch.float32, "eager")
+        arch = arch_of_model(self.model.config.model_type, str(self.ckpt.config_file))
+        self.links = links(self.model, arch)
+        ids = calibration_rows(self.ckpt, calib, samples, seqlen, seed)
+        self.device = torch.device(device)
+        self.path = find_blocks(self.model)
+        self.places = by_block(self.model, self.path, self.ckpt.weights)
         everything = [placement for part in self.places for placement in part]
         # Checkpoint weight -> keys of its inputs.
-        self.keys = {weight: keys for p in everything for weight, keys in input_keys(model, p).items()}
+        self.keys = {weight: keys for p in everything for weight, keys in input_keys(self.model, p).items()}
         self.shapes: dict[str, tuple[int, int]] = {}
         for placement in everything:
-            if any(ckpt.weights[source] for source in placement.sources):
-                self.shapes |= source_shapes(model, placement)
-        self.runs = Blocks(model, self.path, ids)
+            if any(self.ckpt.weights[source] for source in placement.sources):
+                self.shapes |= source_shapes(self.model, placement)
+        self.runs = Blocks(self.model, self.path, ids.to(self.device))
 
     def load(self, part: int) -> None:
         """Give the model the weights of a block, or (the last part) of everything outside them."""

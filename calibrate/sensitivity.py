@@ -30,7 +30,7 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     # The weight as the file will hold it; called once, and only where the tensor was not measured before.
     weight: Callable[[], Tensor]
-    # How much its errors matter, once for each use of it: rows [M * N], columns [K].
+    # How much its errors matter, once for each use: rows [M * N], columns [K]. None: as if they did not.
     curvatures: Sequence[Curvature]
 
 
@@ -44,9 +44,9 @@ def measure(
 ) -> None:
     """Put every tensor's bytes and loss as each of the candidate types (ggml's names) into `measured`.
 
-    The loss is what the error adds to the KL divergence, nats a token (`expected_kld`), on a sample of rows. A type whose blocks do not fit a tensor's rows is replaced by what llama.cpp
-    falls back to; one that needs an importance matrix is left out where there is none, UserError where that leaves
-    nothing.
+    The loss is what the error adds to the KL divergence, in nats a token (`expected_kld`), on a sample of rows. A type
+    whose blocks do not fit a tensor's rows is replaced by what llama.cpp falls back to; one that needs an importance
+    matrix is left out where there is none, UserError where that leaves nothing.
     """
     for source in tqdm(list(sources), unit="tensor", disable=not progress, desc="sensitivity"):
         if source.name in measured.table:

@@ -2,7 +2,8 @@
 `bitsmith bench kernels` is in _bench_kernels.py.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
-on random weights of its shape. Every engine reads the same number of tokens in the same run, interleaved; see
+on random weights of its shape. Of a .gguf file, and of a SHAPE with --gguf-type, llama.cpp runs the very file that ours
+does. Every engine reads the same number of tokens in the same run, interleaved; see
 eval/speed.py.
 """
 
@@ -25,7 +26,9 @@ def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("bench", help="speed, beside other engines")
     parser.add_argument("kind", metavar="decode|kernels", help="what to measure: a model, or single products")
-    parser.add_argument("path", metavar="PATH|SHAPE", nargs="?", help="decode: a model directory, or 1.1b, 8b, tiny")
+    parser.add_argument(
+        "path", metavar="PATH|SHAPE", nargs="?", help="decode: a model directory or .gguf file, or 1.1b, 8b, tiny"
+    )
     parser.add_argument(
         "--against",
         metavar="PEER,...",
@@ -36,7 +39,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="of a SHAPE (default: 128)")
     parser.add_argument("--head-bits", type=int, default=8, metavar="B", help="output head of a SHAPE (default: 8)")
     parser.add_argument(
-        "--gguf-type", metavar="TYPE", help="of llama.cpp's file: Q4_0, Q4_K_M or Q8_0 (default: by --bits)"
+        "--gguf-type",
+        metavar="TYPE",
+        help="SHAPE as one GGUF file for all: Q4_0, Q4_K_M or Q8_0 (default: ours is GPTQ, llama.cpp's by --bits)",
     )
     _threads.add_flag(parser)
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
@@ -62,15 +67,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")
     peers = _peers(args.against)
     quiet_libraries()
-    from ..eval.random_models import SHAPES, write_checkpoint
+    from ..eval.random_models import SHAPES, write_checkpoint, write_gguf
     from ..eval.speed import CASES, measure, rows
 
     with tempfile.TemporaryDirectory(prefix="bitsmith-bench-") as scratch:
         path = Path(args.path)
-        if args.path in SHAPES and not path.exists():
+        named = args.path in SHAPES and not path.exists()
+        if named and args.gguf_type:
+            path = Path(scratch) / f"{args.gguf_type}.gguf"
+            write_gguf(SHAPES[args.path], path, args.gguf_type)
+        elif named:
             path = Path(scratch) / "model"
             write_checkpoint(SHAPES[args.path], path, args.bits, args.group_size, args.head_bits)
-        workers = _workers(args.path, path, Path(scratch) / f"{_gguf_type(args)}.gguf", peers, threads)
+        if _is_gguf(Path(args.path)):
+            peers = _peers_of_file(path, peers, args.against is not None)
+        gguf = path if _is_gguf(path) else Path(scratch) / f"{_gguf_type(args)}.gguf"
+        workers = _workers(args.path, path, gguf, peers, threads)
         start = time.perf_counter()
         try:
             table = measure(workers, args.samples, args.minutes, CASES, died=_report_death)
@@ -84,6 +96,17 @@ def run(args: argparse.Namespace) -> None:
         print_json({"model": args.path, "threads": threads, "rows": found})
     else:
         _print(found)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf"
+
+
+def _peers_of_file(path: Path, peers: list[str], asked: bool) -> list[str]:
+    """The peers that can run a GGUF file: llama.cpp alone. UserError where another was asked for."""
+    if asked and set(peers) - {"llama.cpp"}:
+        raise UserError(f"{path} is run by llama.cpp only: pass --against llama.cpp, or none")
+    return [peer for peer in peers if peer == "llama.cpp"]
 
 
 def _gguf_type(args: argparse.Namespace) -> str:
@@ -118,7 +141,8 @@ def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) 
     if "transformers" in peers:
         wanted["transformers"] = (TransformersEngine, (shape_of(name),))
     if "llama.cpp" in peers:
-        write_gguf(shape_of(name), gguf, gguf.stem)
+        if not gguf.exists():
+            write_gguf(shape_of(name), gguf, gguf.stem)
         for engine, repack in zip(_PEERS["llama.cpp"], (True, False), strict=True):
             wanted[engine] = (LlamaCppEngine, (gguf, threads, sequences, context, repack))
     found: dict[str, Any] = {}
@@ -156,7 +180,7 @@ def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seco
         Result(
             **place,
             model=Path(args.path).name,
-            spec=specs.get(engine, _gguf_type(args)),
+            spec=specs.get(engine, who.spec if _is_gguf(path) else _gguf_type(args)),
             kv="none" if engine == _OURS else "",
             # Ours is named, so that a peer measured beside two of our forms is compared with the right one.
             task=f"bench/decode/{engine}/{threads} threads/{who.spec}",

@@ -60,8 +60,8 @@ class AffineGrid:
                 f"{_one_level(spec)}, or {replace(spec, zero='min')}"
             )
         if spec.two_level is None and (weight is None or spec.bits == 8):
-            rule = {"min": partial(plain.ranged, top=top), "one": plain.ternary}
-            return plain.fit(w, spec, rule.get(spec.zero, partial(plain.symmetric, half=half)))
+            rules: dict[str, plain.Rule] = {"min": partial(plain.ranged, top=top), "one": plain.ternary}
+            return plain.fit(w, spec, rules.get(spec.zero, partial(plain.symmetric, half=half)))
         zero = int(fixed_zero(spec) or 0)
         levels = None if spec.zero == "min" else integers(-zero, top - zero)
         return search_levels.fit(w, spec, weight, levels, self.nearest)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import grids
+from . import grids, search_grids, search_levels, search_plain
 from .affine import stored
 from .families import Family, one_level_parts
 from .grid import Params, blocks, search
+from .search import entries as levels_of
 from .spec import GRIDS, ROW_TABLE, Spec
 
 # QLoRA (arXiv 2305.14314) appendix E: quantiles of N(0, 1), each half holding zero, scaled to [-1, 1].
@@ -88,9 +89,15 @@ class CodebookGrid:
     """Scale = the least that keeps a group between the smallest and the largest entry; a number takes the nearest."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
+        if spec.table in GRIDS:
+            return search_grids.fit(w, spec, weight)
+        entries = table(spec).to(w.device)
+        if spec.table == "iq4nl" and (spec.rows, spec.view) == (1, "") and w.shape[1] % spec.group == 0:
+            return search_levels.fit(w, spec, weight, levels_of(entries), self.nearest)
+        if spec.table == "sign":
+            return search_plain.fit(w, spec, search_plain.signs)
         if spec.two_level and spec.scale_code != (8, 0):
             raise UserError(f"{spec}: nothing here chooses scales of two such levels; take u8:f32:256 or one level")
-        entries = table(spec).to(w.device)
         parts = {} if spec.table in FIXED else {"table": entries}
         tiles, _ = blocks(w, spec)
         full = torch.maximum(tiles.amax(-1) / entries.max(), tiles.amin(-1) / entries.min())
@@ -104,9 +111,14 @@ class CodebookGrid:
         return _two_level(found, spec) if spec.two_level else found
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
+        if spec.table in GRIDS:
+            raise UserError(
+                f"{spec}: its codes are chosen for 8 weights at a time, so nothing can be fed back between columns; "
+                "fix: --method rtn (with --imatrix), or a type without a grid"
+            )
         stored_table = table(spec).to(w.device) if spec.table in FIXED else params.parts["table"]
         entries, order = stored_table.sort()
-        place = torch.bucketize(w / params.scale, (entries[1:] + entries[:-1]) / 2)
+        place = torch.bucketize((w / params.scale).nan_to_num(0.0), (entries[1:] + entries[:-1]) / 2)
         return order[place].to(torch.uint8), entries[place] * params.scale
 
     def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import bits, int4pack, lut, native, native_grids, native_two_level, probe
+from . import bits, int4pack, lut, native, native_float, native_grids, native_two_level, probe
 from .families import scales
 from .pieces import pieces
 from .qtensor import QTensor, codes_of
@@ -149,13 +149,13 @@ def prepare_dense(weight: Tensor) -> DenseMatmul:
     return DenseMatmul("linear", weight)
 
 
-Native = native.NativeLinear | native_two_level.TwoLevelLinear | native_grids.GridLinear
+Native = native.NativeLinear | native_two_level.TwoLevelLinear | native_grids.GridLinear | native_float.FloatLinear
 
 
 def prepare(q: QTensor) -> Native | int4pack.Int4Pack | LookUp:
     """The fastest product of `q`."""
-    if native_two_level.supports(q):
-        return native_two_level.pack(q)
-    if native_grids.supports(q):
-        return native_grids.pack(q)
-    return native.pack(q) if native.supports(q) else int4pack.pack(q) or LookUp(q)
+    for each in (native_two_level, native_grids, native, native_float):
+        if each.supports(q):
+            found: Native = each.pack(q)
+            return found
+    return int4pack.pack(q) or LookUp(q)

@@ -4,7 +4,7 @@
 what the file will hold *before* codes are chosen, so the error a method sees is the error a reader gets.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,8 +71,15 @@ def blocks(w: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     return tile(padded), tile(mask)
 
 
-def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[float], Params], grid: Grid) -> Params:
-    """The shrink factor per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params
+def search(
+    w: Tensor,
+    spec: Spec,
+    weight: Tensor | None,
+    propose: Callable[[float], Params],
+    grid: Grid,
+    shrinks: Sequence[float] = SHRINKS,
+) -> Params:
+    """The one of `shrinks` per group that minimises sum(weight * (w - nearest(w))**2); `propose(shrink)` gives params
     [R', G].
     """
     from .families import spread
@@ -83,7 +90,7 @@ def search(w: Tensor, spec: Spec, weight: Tensor | None, propose: Callable[[floa
     weight = weight.expand_as(w)
     best_error = torch.full_like(full.scale, torch.inf)
     best = full
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         trial = propose(shrink)
         wide = Params(
             spread(trial.scale, spec, (w.shape[0], w.shape[1])),

@@ -5,13 +5,14 @@ Rounding contract: code to float32 (exact), multiply by the float32 scale.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .affine import stored
-from .families import Family, one_level_parts
-from .grid import Params, blocks, search
+from .families import Family, one_level_parts, spread
+from .grid import SHRINKS, Params, blocks, search
 from .spec import Spec
 
 FLOATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -37,13 +38,27 @@ class MinifloatGrid:
     """Scale = absmax / largest number, values rounded to nearest even by the hardware definition of the dtype."""
 
     def fit(self, w: Tensor, spec: Spec, weight: Tensor | None = None) -> Params:
+        if (spec.table, spec.scale, weight) == ("e2m1", "e8m0", None):
+            return self._microscaled(w, spec)
         largest = E2M1[-1] if spec.table == "e2m1" else torch.finfo(FLOATS[spec.table]).max
         absmax = blocks(w.abs(), spec)[0].amax(-1)
 
         def propose(shrink: float) -> Params:
             return Params(stored(spec, absmax * shrink / largest))
 
-        return search(w, spec, weight, propose, self)
+        # Powers of two, or the few steps that E4M3 has between two of them.
+        few = {"e8m0": (1.0, 0.5), "ue4m3": tuple(1 - 0.06 * i for i in range(8))}
+        return search(w, spec, weight, propose, self, few.get(spec.scale, SHRINKS))
+
+    def _microscaled(self, w: Tensor, spec: Spec) -> Params:
+        """OCP Microscaling 1.0, 6.3, as llama.cpp has it (quantize_row_mxfp4_ref): the scale is the power of two that
+        puts the largest number of a group between 4 and 8; of two equally near numbers the smaller magnitude."""
+        absmax = blocks(w.abs(), spec)[0].amax(-1)
+        exponent = torch.where(absmax > 0, absmax.log2().floor() + 125, 0.0).clamp(0, 254)
+        params = Params(torch.exp2(exponent - 127), parts={"scales": exponent.to(torch.uint8)})
+        small = w / spread(params.scale, spec, (w.shape[0], w.shape[1]))
+        code = torch.bucketize(small.abs(), _edges(w.device))
+        return replace(params, codes=(code + 8 * ((small < 0) & (code > 0))).to(torch.uint8))
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
         if spec.table == "e2m1":
@@ -55,17 +70,21 @@ class MinifloatGrid:
         return small.view(torch.uint8), small.float() * params.scale
 
     def parts(self, spec: Spec, params: Params) -> dict[str, Tensor]:
-        return {"scales": one_level_parts(spec, params.scale)}
+        return {"scales": one_level_parts(spec, params.scale), **params.parts}
 
 
 def _nearest_e2m1(w: Tensor) -> Tensor:
     """uint8 codes; a number half-way between two takes the even code, one beyond the largest the largest."""
-    magnitudes = torch.tensor(E2M1, device=w.device)
-    edges = (magnitudes[1:] + magnitudes[:-1]) / 2
+    edges = _edges(w.device)
     below = torch.bucketize(w.abs(), edges)
     above = torch.bucketize(w.abs(), edges, right=True)
     code = torch.where(below % 2 == 0, below, above)
     return (code + 8 * (w < 0)).to(torch.uint8)
+
+
+def _edges(device: torch.device) -> Tensor:
+    magnitudes = torch.tensor(E2M1, device=device)
+    return (magnitudes[1:] + magnitudes[:-1]) / 2
 
 
 FAMILY = Family("minifloat", value, scale, fixed_zero, MinifloatGrid(), tile=16, min_capability=60)

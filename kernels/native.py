@@ -37,20 +37,22 @@ from .spec import ROW_TABLE, Spec
 
 log = logging.getLogger(__name__)
 
-PATHS = ("generic", "avx2", "avx512", "amx", "folded")
+PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
-_E8M0 = 4
+# What bytes of scales are, by their storage's name.
+_BYTES = {"e8m0": 4, "ue4m3": 5}
 # Of native.cpp's functions and structures.
-_ABI = 7
+_ABI = 8
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 _BY_GROUP = ("scales", "zeros", "mins")
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
+_Scaled = TypeVar("_Scaled", bound="Weight")
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """`Weight` of cpp/common.h."""
 
     _fields_ = (
@@ -63,8 +65,9 @@ class _Weight(ctypes.Structure):
 
 @cache
 def addresses(kind: type[ctypes.Structure]) -> tuple[str, ...]:
-    """The pointers of a structure, in its order."""
-    return tuple(name for name, what, *_ in kind._fields_ if what is ctypes.c_void_p)
+    """The pointers of a structure, in its order, those of what it extends first."""
+    fields = (field for base in reversed(kind.__mro__) for field in vars(base).get("_fields_", ()))
+    return tuple(name for name, what, *_ in fields if what is ctypes.c_void_p)
 
 
 @cache
@@ -82,11 +85,20 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
-    for name in ("two_level_linear", "grids_linear"):
+    for name in ("floats", "two_level_linear", "grids_linear"):
         getattr(lib, f"bitsmith_{name}").argtypes = lib.bitsmith_linear.argtypes
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
-    for name in ("linear", "pack", "unpack", "two_level_linear", "pack_levels", "unpack_levels", "grids_linear"):
+    for name in (
+        "linear",
+        "floats",
+        "pack",
+        "unpack",
+        "two_level_linear",
+        "pack_levels",
+        "unpack_levels",
+        "grids_linear",
+    ):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -108,7 +120,7 @@ class NativeLinear:
     extra: Mapping[str, Tensor]
     # uint8, cpp/common.h; scales, zeros and mins [blocks, groups, 16], others as they were.
     parts: Mapping[str, Tensor]
-    _weight: _Weight = field(repr=False)
+    _weight: Weight = field(repr=False)
     # Derived, small: kept alive for `_weight`.
     _values: Tensor | None = field(default=None, repr=False)
     # What `linear` takes.
@@ -141,14 +153,26 @@ class NativeLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        found = dict(self.parts)
-        n, k = self.shape
-        found["codes"] = unpack_codes(found["codes"], n, k, self.spec.bits)
-        for name in _BY_GROUP:
-            if name in found and self._weight.scale_rows == 1:
-                found[name] = found[name].transpose(1, 2).flatten(0, 1)[:n]
+        found = self._restored(self.parts, self.shape[0])
         parts = {name: found[name].reshape(shape).contiguous() for name, shape in self.shapes.items()}
         return QTensor(self.spec, self.shape, parts, self.extra)
+
+    def takes(self) -> bool:
+        """Whether `blocks` works: every scale is of one output row, and of one level."""
+        return self._weight.scale_rows == 1 and self.spec.two_level is None and not self.spec.view
+
+    def blocks(self, which: Tensor) -> QTensor:
+        """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
+        count = -(-self.shape[0] // ROWS)
+        by_rows = {"codes", *_BY_GROUP} & self.parts.keys()
+        parts = {**self.parts, **{name: select_blocks(self.parts[name], count, which) for name in by_rows}}
+        n = which.shape[0] * ROWS
+        return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
+
+    def _restored(self, packed: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        found = scales_as_given(packed, self._weight.scale_rows, n)
+        found["codes"] = unpack_codes(found["codes"], n, self.shape[1], self.spec.bits)
+        return found
 
 
 def operands(weight: ctypes.Structure, tensors: Iterable[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
@@ -182,7 +206,7 @@ def _linear_call(
 ) -> Callable[[], object]:
     lib = library()
     assert lib is not None
-    return product_call(lib.bitsmith_linear, structure(_Weight, header, tensors), y, x, path)
+    return product_call(lib.bitsmith_linear, structure(Weight, header, tensors), y, x, path)
 
 
 def product_call(
@@ -211,8 +235,8 @@ linear = ops.define(
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine.
 
-    The plain loops of a processor without AVX2 are ten times slower than torch's operators: they define the result and
-    are not used for it.
+    The plain loops of a processor without AVX2 or NEON are ten times slower than torch's operators: they define the
+    result and are not used for it.
     """
     if best_path() in ("", "generic"):
         return False
@@ -239,32 +263,50 @@ def supports(q: QTensor) -> bool:
 def pack(q: QTensor) -> NativeLinear:
     """`q` in the library's layout; `supports(q)` must be true."""
     plain = straighten(q)
-    spec, (n, k) = plain.spec, q.shape
-    kind = _kind(spec)
-    parts = {name: t for name, t in plain.parts.items() if name != "perm"}
-    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
-    rows = scale_rows(spec, n)
-    for name in _BY_GROUP:
-        if name in parts and rows == 1:
-            parts[name] = by_block(parts[name].reshape(n, -1))
-    values = None if kind == _INT8 else _table(q)
-    weight = _Weight(
-        n=n, k=k, group=k if spec.group == -1 else spec.group, scale_rows=rows, bits=spec.bits, kind=kind,
-        zero=(family(spec).fixed_zero(spec) or 0.0) if kind == _INT8 else 0.0,
-        codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(),
-        scale_dtype=_E8M0 if spec.scale == "e8m0" else DTYPES[parts["scales"].dtype],
-        values=None if values is None else values.data_ptr(),
-    )  # fmt: skip
-    for name in ("zeros", "mins"):
-        if name in parts:
-            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), DTYPES[parts[name].dtype]
-            weight.mins = name == "mins"
-    if spec.two_level:
-        _second_level(weight, parts, spec)
+    parts, weight = blocked(plain, Weight)
+    weight.kind = _kind(plain.spec)
+    values = None if weight.kind == _INT8 else _table(q)
+    if values is None:
+        weight.zero = family(plain.spec).fixed_zero(plain.spec) or 0.0
+    else:
+        weight.values = values.data_ptr()
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
     shapes = {name: t.shape for name, t in q.parts.items()}
     return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
+
+
+def blocked(plain: QTensor, structure: type[_Scaled]) -> tuple[dict[str, Tensor], _Scaled]:
+    """The parts of `plain` (straightened, one code a weight) in the layout of cpp/common.h, and what says so there; the
+    kind, the zero point that is not stored and the values of codes are left open."""
+    spec, (n, k) = plain.spec, plain.shape
+    parts = {name: t.contiguous() for name, t in plain.parts.items() if name != "perm"}
+    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
+    weight = structure(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
+    add_scales(weight, parts, spec)
+    return parts, weight
+
+
+def add_scales(weight: Weight, parts: dict[str, Tensor], spec: Spec) -> None:
+    """Scales, zero points and mins in `parts` [N, G] -> [blocks, G, 16] there, and into `weight`, whose n and k are
+    set."""
+    n, k = weight.n, weight.k
+    weight.group, weight.scale_rows = k if spec.group == -1 else spec.group, scale_rows(spec, n)
+    for name in _BY_GROUP:
+        if name in parts and weight.scale_rows == 1:
+            parts[name] = by_block(parts[name].reshape(n, -1))
+    weight.scales = parts["scales"].data_ptr()
+    weight.scale_dtype = _number_type(spec, parts["scales"])
+    for name in ("zeros", "mins"):
+        if name in parts:
+            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), _number_type(spec, parts[name])
+            weight.mins = name == "mins"
+    if spec.two_level:
+        _second_level(weight, parts, spec)
+
+
+def _number_type(spec: Spec, stored: Tensor) -> int:
+    return _BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
 
 
 def scale_rows(spec: Spec, n: int) -> int:
@@ -299,13 +341,33 @@ def _large_pages(size: int) -> Tensor:
     return whole[start : start + size]
 
 
-def unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
-    """The inverse of `pack_codes`: int32 [n, words]."""
+def on_large_pages(t: Tensor) -> Tensor:
+    """A contiguous copy of `t`."""
+    return _large_pages(t.numel() * t.element_size()).view(t.dtype).view(t.shape).copy_(t)
+
+
+def select_blocks(part: Tensor, count: int, which: Tensor) -> Tensor:
+    """A part that holds `count` blocks of output rows one after the other -> blocks `which` of it, in the same form."""
+    found = part.view(count, -1).index_select(0, which)
+    return found.view(-1, *part.shape[1:])
+
+
+def _unpack_codes(packed: Tensor, n: int, k: int, width: int) -> Tensor:
     lib = library()
     assert lib is not None
     out = torch.empty(n, bits.words(k, width), dtype=torch.int32)
     lib.bitsmith_unpack(packed.data_ptr(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _unpack_fake(packed: Tensor, n: int, k: int, width: int) -> Tensor:
+    return packed.new_empty(n, bits.words(k, width), dtype=torch.int32)
+
+
+# The inverse of `pack_codes`: int32 [n, words].
+unpack_codes = ops.define(
+    "native_unpack(Tensor packed, int n, int k, int width) -> Tensor", _unpack_codes, _unpack_fake
+)
 
 
 def rounded_activations(x: Tensor, group: int) -> Tensor:
@@ -351,6 +413,12 @@ def _table(q: QTensor) -> Tensor | None:
     return torch.cat([found, torch.zeros(256 - found.numel(), dtype=torch.bfloat16)])
 
 
+def scales_as_given(parts: Mapping[str, Tensor], rows: int, n: int) -> dict[str, Tensor]:
+    """The inverse of `add_scales`, up to the shapes: scales, zero points and mins [n, G] where each is of one row."""
+    blocks = {name: parts[name] for name in _BY_GROUP if name in parts and rows == 1}
+    return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[:n] for name, t in blocks.items()}}
+
+
 def by_block(t: Tensor) -> Tensor:
     """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
     n, groups = t.shape
@@ -359,7 +427,7 @@ def by_block(t: Tensor) -> Tensor:
     return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
 
 
-def _second_level(weight: _Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
+def _second_level(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
     level = spec.two_level
     assert level is not None
     weight.per_super = level[1]

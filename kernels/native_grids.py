@@ -64,7 +64,7 @@ def supports(q: QTensor) -> bool:
     if spec.table not in GRIDS or level is None or spec.rows != 1 or spec.view or q.shape[1] % SUPER:
         return False
     whole = level[0] == "f16" and spec.group * level[1] == SUPER and spec.group in (16, 32) and spec.scale_code[0] < 8
-    return whole and native.best_path() not in ("", "generic") and native.int8_activations()
+    return whole and native.best_path() in ("avx2", "avx512", "amx") and native.int8_activations()
 
 
 def pack(q: QTensor) -> GridLinear:

@@ -21,7 +21,8 @@ from .qtensor import QTensor
 from .spec import Spec
 
 SUPER = 256
-# (bits, group, bits of a scale's code): what vectors of two_level.h are compiled for, and there with the table.
+# (bits, group, bits of a scale's code): what vectors of two_level.h and neon_two_level.h are compiled for, and there
+# with the table.
 _FORMS = {(2, 16, 4), (3, 16, 6), (4, 32, 6), (5, 32, 6), (6, 16, 8)}
 _TABLE_FORMS = {(4, 32, 6)}
 _LEVELS = ("scales", "mins")
@@ -67,20 +68,31 @@ class TwoLevelLinear:
 
     def qtensor(self) -> QTensor:
         """The QTensor this was made from, bit for bit."""
-        n, k = self.shape
-        parts = {}
-        for name, part in self.parts.items():
+        return QTensor(self.spec, self.shape, self._restored(self.parts, self.shape[0]), self.extra)
+
+    def blocks(self, which: Tensor) -> QTensor:
+        """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
+        count = -(-self.shape[0] // native.ROWS)
+        parts = {name: native.select_blocks(part, count, which) for name, part in self.parts.items()}
+        n = which.shape[0] * native.ROWS
+        return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
+
+    def _restored(self, packed: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
+        k, parts = self.shape[1], {}
+        for name, part in packed.items():
             if name == "codes":
                 parts[name] = native.unpack_codes(part, n, k, self.spec.bits)
             elif name in _LEVELS:
-                parts[name] = _stored(_codes_back(part, self.spec, n, k), self.spec)
+                groups = k // self.spec.group
+                codes = _codes_back(part, n, groups, SUPER // self.spec.group, self.spec.scale_code[0])
+                parts[name] = _stored(codes, self.spec)
             else:
                 parts[name] = part.transpose(1, 2).flatten(0, 1)[:n].flatten()
-        return QTensor(self.spec, self.shape, parts, self.extra)
+        return parts
 
 
 def supports(q: QTensor) -> bool:
-    """Whether `pack` can take `q` on this machine (which must have AVX2) and int8 activations are allowed."""
+    """Whether `pack` can take `q` on this machine (which must have AVX2 or NEON) and int8 activations are allowed."""
     spec = q.spec
     level = spec.two_level
     if (
@@ -165,14 +177,24 @@ def _packed_codes(codes: Tensor, spec: Spec) -> Tensor:
     return out
 
 
-def _codes_back(packed: Tensor, spec: Spec, n: int, k: int) -> Tensor:
-    """The inverse of `_packed_codes`."""
+def _unpack_levels(packed: Tensor, n: int, groups: int, per: int, width: int) -> Tensor:
     lib = native.library()
     assert lib is not None
-    codes = torch.empty(n, k // spec.group, dtype=torch.uint8)
-    per = SUPER // spec.group
-    lib.bitsmith_unpack_levels(packed.data_ptr(), n, codes.shape[1], per, spec.scale_code[0], codes.data_ptr())
+    codes = torch.empty(n, groups, dtype=torch.uint8)
+    lib.bitsmith_unpack_levels(packed.data_ptr(), n, groups, per, width, codes.data_ptr())
     return codes
+
+
+def _unpack_levels_fake(packed: Tensor, n: int, groups: int, per: int, width: int) -> Tensor:
+    return packed.new_empty(n, groups)
+
+
+# The inverse of `_packed_codes`, `per` codes of `width` bits a super block: uint8 [n, groups].
+_codes_back = ops.define(
+    "native_unpack_levels(Tensor packed, int n, int groups, int per, int width) -> Tensor",
+    _unpack_levels,
+    _unpack_levels_fake,
+)
 
 
 def _stored(codes: Tensor, spec: Spec) -> Tensor:

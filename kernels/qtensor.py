@@ -134,6 +134,26 @@ def row_tile(spec: Spec) -> int:
     return math.lcm(max(1, spec.rows), spec.out_block, tile[0] if tile else 1)
 
 
+def independent_rows(q: QTensor) -> bool:
+    """Whether `take` works: every output row has its own codes, scales and super scales."""
+    return not q.spec.view and row_tile(q.spec) == 1 and own_supers(q.spec, q.shape)
+
+
+def take(q: QTensor, rows: Tensor) -> QTensor:
+    """Output rows `rows`, int64 [T], in their order; nothing is read back to the host.
+
+    Raises ValueError unless `independent_rows`.
+    """
+    if not independent_rows(q):
+        raise ValueError(f"{q.spec}: rows are not independent, so they cannot be taken one by one")
+    cut = dict(q.parts)
+    for name in _row_parts(q.spec).keys() & cut.keys():
+        part = cut[name].view(q.shape[0], -1) if name in _SUPERS else cut[name]
+        found = part.index_select(0, rows)
+        cut[name] = found.flatten() if name in _SUPERS else found
+    return QTensor(q.spec, (rows.shape[0], q.shape[1]), cut)
+
+
 def whole_words(spec: Spec, columns: int) -> bool:
     """Whether `columns` inputs take a whole number of words of the bit stream."""
     return columns % spec.vec == 0 and columns // spec.vec * spec.width % 32 == 0

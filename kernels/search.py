@@ -20,7 +20,7 @@ from torch import Tensor
 # Groups whose weights are all smaller count as zeros: no float16 scale could hold theirs.
 TINY = 1e-15
 _LEAST = 1e-38
-# Tries a group. Weighted error of 5, 7, 9 and 19 against llama.cpp's, Q4_K, Gaussian weights: 1.009, 0.994, 0.990, 0.987.
+# Tries a group. Error of 5, 7, 9 and 19 relative to llama.cpp's (Q4_K, Gaussian weights): 1.009, 0.994, 0.990, 0.987.
 _TRIES = 7
 
 
@@ -44,17 +44,17 @@ def tries(top: float) -> list[float]:
 def integers(low: int, high: int) -> Levels:
     """The integers from low to high; the extreme of a group takes the side that reaches further, `low` if equal."""
     reach = low if -low >= high else high
-    return Levels(
-        lambda numbers: numbers.round_().clamp_(low, high),
-        [math.copysign(abs(reach) + t, reach) for t in tries(abs(reach))],
-    )
+    attempts = [math.copysign(abs(reach) + more, reach) for more in tries(abs(reach))]
+    return Levels(lambda numbers: numbers.round_().clamp_(low, high), attempts)
 
 
 def entries(table: Tensor) -> Levels:
-    """The entries of a table, float32 [L], ascending."""
+    """The entries of a table, float32 [L], ascending, the first of largest magnitude."""
     edges, first = (table[1:] + table[:-1]) / 2, float(table[0])
-    steps = [0.05 * i / (_TRIES - 1) for i in range(_TRIES)]
-    return Levels(lambda numbers: table[torch.bucketize(numbers, edges)], [first * (1.015 - step) for step in steps])
+    # Error of 7 tries within 5 %, 13 within 30 % and 21 within 50 %, relative to llama.cpp's (IQ4_NL, importance of
+    # very unlike columns): 1.040, 1.002, 1.000.
+    attempts = [first * (1.05 - 0.4 * i / 14) for i in range(15)] + [float(table[-1]) * (1 - 0.1 * i) for i in range(3)]
+    return Levels(lambda numbers: table[torch.bucketize(numbers, edges)], attempts)
 
 
 def scaled(x: Tensor, w: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

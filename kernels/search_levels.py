@@ -124,7 +124,8 @@ def spread_weight(x: Tensor, weight: Tensor, span: int) -> Tensor:
 
 def _search(x: Tensor, weight: Tensor, spec: Spec, levels: Levels | None, nearest: Nearest) -> Found:
     rows, group = x.shape[0], spec.group
-    span = group * spec.two_level[1] if spec.two_level else x.shape[1]
+    # As llama.cpp has it: IQ4_NL's blocks are super blocks of one.
+    span = group * spec.two_level[1] if spec.two_level else group if spec.table else x.shape[1]
     numbers, importance = group_major(x, group), group_major(spread_weight(x, weight, span), group)
     if levels:
         scales, found = _store(spec, *scaled(numbers, importance, levels), signed=True)
@@ -133,11 +134,11 @@ def _search(x: Tensor, weight: Tensor, spec: Spec, levels: Levels | None, neares
         scale, minimum, mean, total = ranged(numbers, importance, (1 << spec.bits) - 1)
         scales, found = _store(spec, scale, total, signed=False)
         moved = mean + (minimum - mean) * (scales / scale.masked_fill(scale == 0, 1.0))
-        below, second = _store(spec, -torch.where(scale == 0, minimum, moved).clamp_(max=0), total, signed=False)
-        found |= {
-            "mins": -below,
-            **({"min_codes": second["scale_codes"], "super_mins": -second["supers"]} if second else {}),
-        }
+        depth = -torch.where(scale == 0, minimum, moved).clamp_(max=0)
+        below, second = _store(spec, depth, total, signed=False)
+        found["mins"] = -below
+        if second:
+            found |= {"min_codes": second["scale_codes"], "super_mins": -second["supers"]}
         known = Params(scales[None], -below[None])
     codes = nearest(numbers, spec, known)[0]
     found |= {"scales": scales, "codes": codes.t()}

@@ -1,6 +1,6 @@
-"""Scales from the extremes of a group alone, in one pass: bit for bit what llama.cpp writes without an importance matrix
-(quantize_row_q4_0_ref and its like in ggml-quants.c, MIT), codes included. Those are chosen by the scale before it is
-rounded to float16, which is why they are chosen here.
+"""Scales from the extremes of a group alone, in one pass: bit for bit what llama.cpp writes without an importance
+matrix (quantize_row_q4_0_ref and its like in ggml-quants.c, MIT), codes included. Those are chosen by the scale before
+it is rounded to float16, which is why they are chosen here.
 """
 
 from collections.abc import Callable

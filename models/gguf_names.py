@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..errors import UserError
 from .gguf_archs import Arch
 
 # What the file has besides weights: frequencies, which the config says in transformers.
@@ -68,7 +69,11 @@ def links(model: PreTrainedModel, arch: Arch) -> list[Link]:
     for name in shapes:
         for single, part, transposed in _spelled(_STACKED.sub(r".\1.", name).replace(".norms.", "."), arch):
             tensor = name_map.get_name(single, try_suffixes=(".weight", ".bias"))
-            assert tensor is not None, f"gguf has no name for {name} in {arch.name}"
+            if tensor is None:
+                raise UserError(
+                    f"a {model.config.model_type} model with {name} cannot be a GGUF file: {arch.name} has no name for "
+                    "it. Fix: use the safetensors checkpoint, or another format"
+                )
             gathered.setdefault(tensor, []).append(name)
             parts[tensor] = part, transposed
     return [

@@ -137,7 +137,7 @@ def _tensor(file: BinaryIO, entry: Entry, pieces: Iterable[Tensor]) -> None:
         rows = piece.to("cpu", DENSE[entry.type_name]) if dense else piece.cpu()
         assert dense or rows.dtype is torch.uint8
         # No copy: the file takes the tensor's own memory.
-        file.write(memoryview(rows.contiguous().view(torch.uint8).reshape(-1).numpy()))
+        file.write(rows.contiguous().view(torch.uint8).reshape(-1).numpy().data)
         written += rows.nbytes
     if written != entry.nbytes:
         raise UserError(

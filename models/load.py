@@ -20,6 +20,7 @@ from ..errors import UserError
 from ..kernels.dispatch import prepare
 from ..kernels.qtensor import concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
+from .embedding import can_quantize, quantize_embedding, share_tied
 from .fused import fuse
 from .gguf_config import Metadata
 from .gguf_file import read_gguf
@@ -68,6 +69,9 @@ def load_model(
     if not exact:
         fuse_siblings(model, wanted, act)
         prepare_linears(model, wanted, act)
+    if model.config.get_text_config().tie_word_embeddings:
+        share_tied(model)
+    if not exact:
         if device.type == "cpu" and wanted is torch.bfloat16:
             prepack_linears(model)
         if device.type != "cpu" or wanted is torch.bfloat16:
@@ -212,6 +216,11 @@ class _Loader:
         if placement.converter is None and is_linear(module):
             self._linear(placement.target.removesuffix(".weight"), module, placement.sources[0])
             return True
+        if placement.converter is None and isinstance(module, nn.Embedding) and leaf == "weight":
+            q = self.ckpt.qtensor(placement.sources[0], (module.num_embeddings, module.embedding_dim))
+            if can_quantize(module, q):
+                quantize_embedding(module, q.to(self.device), self.dtype)
+                return True
         if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
             self._experts(module, leaf, placement.stack)
             return True

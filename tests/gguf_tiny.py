@@ -58,6 +58,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3", {"sliding_window": None}),
+    "phi3-long": (
+        "Phi3",
+        {
+            "sliding_window": None,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
+                "long_factor": [1 + i / 2 for i in range(8)],
+                "short_factor": [1 + i / 10 for i in range(8)],
+            },
+        },
+    ),
     "starcoder2": ("Starcoder2", {"sliding_window": None}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
     "olmo2": ("Olmo2", {}),

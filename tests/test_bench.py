@@ -222,3 +222,32 @@ def test_bad_commands_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.run(command("decode", "tiny", "--against", "llama.cpp"))
     with pytest.raises(UserError, match=r"--against 'vllm' is not known; accepted: transformers, llama.cpp, or none"):
         bench.run(command("decode", "tiny", "--against", "vllm"))
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("words", [("tiny", "--gguf-type", "Q4_K_M"), ("m.gguf",)])
+def test_both_engines_run_one_gguf_file(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.chdir(tmp_path)
+    write_gguf(TINY, tmp_path / "m.gguf", "Q8_0")
+    started: list[tuple[Any, Path]] = []
+
+    class Noted:
+        def __init__(self, build: Any, arguments: tuple[Any, ...], threads: int) -> None:
+            started.append((build, arguments[0]))
+            self.engine = build(*arguments)
+
+        def sample(self, case: Case) -> tuple[float, float]:
+            return sample(self.engine, Case("decode", 2, 3, 2), 1)[0], 0.0
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("bitsmith.eval.speed.Worker", Noted)
+    bench.run(command("decode", *words, "--against", "llama.cpp", "--samples", "1", "--no-record"))
+    assert [build for build, _ in started] == [BitsmithEngine, LlamaCppEngine, LlamaCppEngine]
+    assert len({path for _, path in started}) == 1 and started[0][1].suffix == ".gguf"
+    with pytest.raises(UserError, match=r"is run by llama\.cpp only"):
+        bench.run(command("decode", "m.gguf", "--against", "transformers", "--no-record"))

@@ -85,8 +85,11 @@ def paths() -> list[str]:
     """All that this machine can run."""
     if not native.best_path():
         return []
-    last = native.PATHS.index(native.best_path())
-    return [p for p in native.PATHS if (p == "folded" and native.best_path() == "amx") or native.PATHS.index(p) <= last]
+    best = native.best_path()
+    if best.startswith("neon"):
+        return ["generic", "neon"] + ["neon-dotprod"] * (best == "neon-dotprod")
+    last = native.PATHS.index(best)
+    return [p for p in native.PATHS if (p == "folded" and best == "amx") or native.PATHS.index(p) <= last]
 
 
 def close(y: Tensor, wanted: Tensor, limit: float, size: Tensor | None = None) -> None:
@@ -107,7 +110,7 @@ def test_products(text: str, shape: tuple[int, int]) -> None:
     q = random_qtensor(text, shape)
     if not native.supports(q):
         # Tables need AVX-512 with bfloat16.
-        assert q.spec.family != "affine" and native.best_path() in ("generic", "avx2")
+        assert q.spec.family != "affine" and native.best_path() not in ("avx512", "amx")
         pytest.skip(f"{q.spec} needs avx512 and this machine has {native.best_path()}")
     product, weight = native.pack(q), q.dequantize()
     for path, m in itertools.product(paths(), ROWS):

@@ -21,7 +21,7 @@
 
 namespace bitsmith {
 
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4 };
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4, E4M3_BYTE = 5 };
 // INT8: activations rounded to int8 a chunk, codes taken as integers. BFLOAT: activations in bfloat16, codes through a table.
 enum Kind : int32_t { INT8 = 0, BFLOAT = 1 };
 
@@ -62,9 +62,15 @@ struct Input {
   std::vector<float> scale, sum;     // [m][chunks]: int8 step; step * sum of the codes (BFLOAT: sum of the inputs)
 };
 
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC before 13 has no _Float16 in C++ there.
+#else
+using Half = _Float16;
+#endif
+
 inline float half_to_float(uint16_t h) {
 #if BITSMITH_X86 || defined(__aarch64__)
-  _Float16 v;
+  Half v;
   std::memcpy(&v, &h, 2);
   return static_cast<float>(v);
 #else
@@ -96,12 +102,19 @@ inline uint16_t float_to_bfloat(float v) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
+// Through float16, whose exponent's bias is 8 larger.
+inline float e4m3_to_float(uint8_t e) {
+  if ((e & 0x7f) == 0x7f) return std::nanf("");
+  return half_to_float(static_cast<uint16_t>((e & 0x80) << 8 | (e & 0x7f) << 7)) * 256.0f;
+}
+
 inline float load(const void* p, int64_t i, int32_t dtype) {
   switch (dtype) {
     case F32: return static_cast<const float*>(p)[i];
     case BF16: return bfloat_to_float(static_cast<const uint16_t*>(p)[i]);
     case F16: return half_to_float(static_cast<const uint16_t*>(p)[i]);
     case U8: return static_cast<const uint8_t*>(p)[i];
+    case E4M3_BYTE: return e4m3_to_float(static_cast<const uint8_t*>(p)[i]);
     default: return std::ldexp(1.0f, static_cast<const uint8_t*>(p)[i] - 127);
   }
 }
@@ -110,9 +123,19 @@ inline void store(void* p, int64_t i, int32_t dtype, float v) {
   if (dtype == F32) static_cast<float*>(p)[i] = v;
   else if (dtype == BF16) static_cast<uint16_t*>(p)[i] = float_to_bfloat(v);
   else {
-    const _Float16 h = static_cast<_Float16>(v);
+    const Half h = static_cast<Half>(v);
     std::memcpy(static_cast<uint16_t*>(p) + i, &h, 2);
   }
+}
+
+// A product that is rounded before anything is added to it, whatever the compiler may fuse.
+inline float rounded(float product) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __asm__("" : "+x"(product));
+#elif defined(__aarch64__) && defined(__GNUC__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
 }
 
 // A min as the zero point that has the same effect. Where the scale is 0 the min is all there is: a scale of 2^-60 leaves it so.
@@ -132,7 +155,7 @@ inline void scales_of(const Weight& w, int64_t nb, int64_t g, float* scale, floa
     if (w.supers) {
       if (w.scale_table) s = w.scale_table[static_cast<int>(s)];
       const int64_t row = std::min(nb * ROWS + r, w.n - 1);
-      s = s * load(w.supers, (row * groups + g) / w.per_super, w.super_dtype) + w.scale_offset;
+      s = rounded(s * load(w.supers, (row * groups + g) / w.per_super, w.super_dtype)) + w.scale_offset;
     }
     scale[r] = s;
     zero[r] = w.zeros ? load(w.zeros, at, w.zero_dtype) : w.zero;

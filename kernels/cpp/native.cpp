@@ -6,10 +6,13 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "common.h"
+#include "floats.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
 #include "layer.h"
+#include "neon.h"
+#include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
 #include "two_level.h"
@@ -24,7 +27,7 @@ using namespace bitsmith;
 
 namespace {
 
-enum Path : int32_t { GENERIC = 0, AVX2 = 1, AVX512 = 2, AMX = 3, FOLDED = 4 };
+enum Path : int32_t { GENERIC = 0, AVX2 = 1, AVX512 = 2, AMX = 3, FOLDED = 4, NEON = 5, NEON_SDOT = 6 };
 
 using Rows = void (*)(const Weight&, const Input&, int64_t nb, void* y, int32_t dtype);
 using Prepare = void (*)(const Weight&, const void* x, int32_t dtype, int64_t row, Input&);
@@ -37,6 +40,9 @@ int32_t best_path() {
 #endif
   if (avx512::supported()) return AVX512;
   if (avx2::supported()) return AVX2;
+#endif
+#if BITSMITH_NEON
+  return neon::has_sdot() ? NEON_SDOT : NEON;
 #endif
   return GENERIC;
 }
@@ -62,7 +68,7 @@ Panels panels_of(const Weight& w) {
 }
 #endif
 
-Rows rows_of(const Weight& w, int32_t path) {
+Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
 #if defined(__linux__)
   if (path == AMX && w.kind == INT8) BY_BITS(amx::many, INT8)
@@ -72,14 +78,21 @@ Rows rows_of(const Weight& w, int32_t path) {
   if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
   if (path == AVX2) BY_BITS(avx2::rows, INT8)
 #endif
+#if BITSMITH_NEON
+  if (path == NEON_SDOT) BY_BITS(neon::rows, neon::Dot)
+  if (path == NEON) BY_BITS(neon::rows, neon::Widen)
+#endif
   return generic::rows;
 }
 
-Prepare prepare_of(const Weight& w, int32_t path) {
+Prepare prepare_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
   if (path == FOLDED) return avx512::prepare<BFLOAT>;
   if (path == AVX2) return avx2::prepare;
   if (path >= AVX512) return w.kind == INT8 ? avx512::prepare<INT8> : avx512::prepare<BFLOAT>;
+#endif
+#if BITSMITH_NEON
+  if (path >= NEON) return neon::prepare;
 #endif
   return generic::prepare;
 }
@@ -133,7 +146,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 7; }
+BITSMITH_API int32_t bitsmith_abi() { return 8; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -171,6 +184,34 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
   });
 }
 
+// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
+                                  int32_t plain) {
+  const Source& s = *source;
+  Decode decode = floats::decode_of(s);
+  auto prepare = floats::prepare;
+  auto rows = floats::rows;
+#if BITSMITH_X86
+  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+#endif
+  static thread_local Slab buffers;
+  Slab& slab = buffers;
+  const int64_t count = s.w.row_blocks();
+  for (int64_t first = 0; first < m; first += SLAB) {
+    const auto at = [&](const void* p, int64_t row, int32_t dtype) { return static_cast<const char*>(p) + row * (dtype == F32 ? 4 : 2); };
+    const void* from = at(x, first * s.w.k, x_dtype);
+    void* to = const_cast<char*>(at(y, first * s.w.n, y_dtype));
+    slab.shape(std::min(SLAB, m - first), s.w.k);
+    pool().run(slab.blocks, slab.m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t block) { prepare(from, x_dtype, block, slab); });
+    const int64_t wide = slab.m <= FEW_ROWS ? 1 : PANELS;
+    const int64_t share = std::max<int64_t>(1, count / ((slab.m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+    pool().run(tasks, threads, [&](int64_t task) {
+      const int64_t stop = std::min(count, (task + 1) * share);
+      for (int64_t nb = task * share; nb < stop; nb += wide) rows(decode, s, slab, nb, std::min(wide, stop - nb), to, y_dtype);
+    });
+  }
+}
+
 // Bit stream int32 [n, ceil(k * bits / 32)] of any strides (in words) -> codes of common.h; rows and inputs beyond n and k are zeros.
 BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t row_stride, int64_t word_stride, int64_t n, int64_t k, int32_t bits, uint8_t* out,
                                 int32_t threads) {
@@ -202,9 +243,10 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; otherwise AVX2, which the machine must have.
+// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; NEON, NEON_SDOT; otherwise the best of AVX2 and NEON, which
+// the machine must have.
 BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
-                                            int32_t threads, int32_t path) {
+                                            int32_t threads, [[maybe_unused]] int32_t path) {
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
@@ -213,13 +255,19 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     prepare = two_level::vectors::prepare;
     rows = two_level::vectors::rows_of(w);
   }
+#elif BITSMITH_NEON
+  if (path < 0) path = best_path();
+  if (path != GENERIC) {
+    prepare = two_level::neon::prepare;
+    rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
+  }
 #endif
   two_level_product(w, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { rows(w, in, nb, y, y_dtype); });
 }
 
 // bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
-                                        int32_t threads, int32_t path) {
+                                        int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto chunk = grids::chunk;
@@ -284,15 +332,13 @@ BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const
 
 // Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
 // plain: the loops of layer.h, for tests.
-BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, int32_t plain) {
+BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
   const layer::Attention& a = *what;
   const int64_t shared = a.heads / a.kv_heads, parts = (shared + layer::GROUP - 1) / layer::GROUP;
   int64_t keys = 0;
   for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
 #if BITSMITH_X86
   const bool vectors = !plain && attend512::takes(a);
-#else
-  const bool vectors = false;
 #endif
   const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
   pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
