@@ -94,7 +94,7 @@ class CodebookGrid:
         entries = table(spec).to(w.device)
         if spec.table == "iq4nl" and (spec.rows, spec.view) == (1, "") and w.shape[1] % spec.group == 0:
             return search_levels.fit(w, spec, weight, levels_of(entries), self.nearest)
-        if spec.table == "sign":
+        if spec.table == "sign" and spec.group == 128 and w.shape[1] % 128 == 0:
             return search_plain.fit(w, spec, search_plain.signs)
         if spec.two_level and spec.scale_code != (8, 0):
             raise UserError(f"{spec}: nothing here chooses scales of two such levels; take u8:f32:256 or one level")

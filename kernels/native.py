@@ -17,8 +17,6 @@ bit for bit.
 
 import ctypes
 import logging
-import mmap
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -28,9 +26,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import UserError
 from . import bits, ops
 from .families import family
+from .native_inputs import int8_activations as int8_activations
+from .native_inputs import rounded_activations as rounded_activations
+from .pages import large_pages
+from .pages import on_large_pages as on_large_pages
 from .pieces import straighten
 from .qtensor import QTensor
 from .spec import ROW_TABLE, Spec
@@ -318,32 +319,11 @@ def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
     """Dense bit stream int32 [n, words], of any strides -> uint8 codes of cpp/common.h."""
     lib = library()
     assert lib is not None
-    out = _large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
+    out = large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
     stream = stream.reshape(n, -1)
     assert stream.shape[1] == bits.words(k, width)
     lib.bitsmith_pack(stream.data_ptr(), *stream.stride(), n, k, width, out.data_ptr(), torch.get_num_threads())
     return out
-
-
-_PAGE = 2 << 20
-
-
-def _large_pages(size: int) -> Tensor:
-    """uint8 [size], uninitialized, on pages of 2 MB as far as it fills them: a quarter more bandwidth than on 4 KB."""
-    if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    # Private: shared memory has a switch of its own for large pages.
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _PAGE
-    # What lies behind the last whole page stays on small ones, so that nothing is resident beyond the weight.
-    memory.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
-    return whole[start : start + size]
-
-
-def on_large_pages(t: Tensor) -> Tensor:
-    """A contiguous copy of `t`."""
-    return _large_pages(t.numel() * t.element_size()).view(t.dtype).view(t.shape).copy_(t)
 
 
 def select_blocks(part: Tensor, count: int, which: Tensor) -> Tensor:
@@ -368,27 +348,6 @@ def _unpack_fake(packed: Tensor, n: int, k: int, width: int) -> Tensor:
 unpack_codes = ops.define(
     "native_unpack(Tensor packed, int n, int k, int width) -> Tensor", _unpack_codes, _unpack_fake
 )
-
-
-def rounded_activations(x: Tensor, group: int) -> Tensor:
-    """The torch twin of what int8 products do to x [M, K]: float32, each chunk of a row rounded to 255 steps.
-
-    A chunk is the largest of 128, 64 and 32 inputs that divides the weight's group, 128 where a whole row is one.
-    """
-    k = x.shape[1]
-    chunk = 128 if group >= k or group % 128 == 0 else 64 if group % 64 == 0 else 32
-    wide = torch.nn.functional.pad(x.float(), (0, -k % chunk)).unflatten(1, (-1, chunk))
-    step = wide.abs().amax(-1, keepdim=True) / 127
-    codes = (wide / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    return (codes * step).flatten(1)[:, :k]
-
-
-def int8_activations() -> bool:
-    """Whether affine weights may meet int8 activations. UserError for an unknown BITSMITH_ACT."""
-    found = os.environ.get("BITSMITH_ACT", "int8")
-    if found not in ("int8", "bf16"):
-        raise UserError(f"BITSMITH_ACT is {found!r}; accepted: int8 (the default) or bf16")
-    return found == "int8"
 
 
 def _kind(spec: Spec) -> int:

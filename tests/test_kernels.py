@@ -288,6 +288,8 @@ def test_nearest_is_nearest(text: str) -> None:
 def test_fit_covers_the_range(text: str) -> None:
     """No weight is further from its value than half the widest gap between neighbours (asymmetric ends: one step)."""
     spec = Spec.parse(text)
+    if spec.table in ("e2m1", "sign") and spec.scale in ("e8m0", "f16"):
+        pytest.skip("its rule cuts the largest numbers off (microscaling), or has no range to cover (signs)")
     weight = torch.randn(20, 52) * 0.1
     if spec.zero == "none" and spec.family == "affine":
         weight = weight.abs()
