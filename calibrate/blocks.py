@@ -88,10 +88,26 @@ class Blocks:
     def begin(self) -> None:
         """Embed every row and record how each block is called. Everything outside the blocks must be loaded."""
         self._record()
-        for rows in self.ids.split(_BATCH):
-            with self._stub(None) as seen:
-                self._forward(rows)
-            self.hidden.append(seen[0][0][0])
+        self.hidden = [self.embed(rows) for rows in self.ids.split(_BATCH)]
+
+    def embed(self, rows: Tensor) -> Tensor:
+        """What the first block is given for `rows` int64 [samples, seqlen]."""
+        with self._stub(None) as seen:
+            self._forward(rows)
+        found: Tensor = seen[0][0][0]
+        return found
+
+    def block(self, index: int, hidden: Tensor) -> Tensor:
+        """Output of block `index` for its input, [samples, seqlen, H]."""
+        args, kwargs = self.calls[index]
+        out = self.list[index](hidden, *args, **kwargs)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def head(self, rows: Tensor, hidden: Tensor) -> Any:
+        """What the model returns for `rows` where the last block has given `hidden`."""
+        with self._stub(hidden):
+            return self._forward(rows)
 
     def _record(self) -> None:
         try:
@@ -140,23 +156,18 @@ class Blocks:
     @torch.no_grad()
     def run(self, index: int, keep: bool) -> None:
         """Run block `index` on the hidden states; with `keep` its outputs become the next block's inputs."""
-        args, kwargs = self.calls[index]
         for i, hidden in enumerate(self.hidden):
-            out = self.list[index](hidden, *args, **kwargs)
+            out = self.block(index, hidden)
             if keep:
-                self.hidden[i] = out[0] if isinstance(out, tuple) else out
+                self.hidden[i] = out
 
     @torch.no_grad()
     def sample(self, index: int) -> Tensor:
         """Output of block `index` on the first batch, for before-and-after comparisons."""
-        args, kwargs = self.calls[index]
-        out = self.list[index](self.hidden[0], *args, **kwargs)
-        found: Tensor = out[0] if isinstance(out, tuple) else out
-        return found
+        return self.block(index, self.hidden[0])
 
     @torch.no_grad()
     def finish(self) -> None:
         """Run what follows the last block (final norm, head) on the hidden states."""
         for rows, hidden in zip(self.ids.split(_BATCH), self.hidden, strict=True):
-            with self._stub(hidden):
-                self._forward(rows)
+            self.head(rows, hidden)

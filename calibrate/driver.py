@@ -56,7 +56,8 @@ def quantize(
     mean relative error).
 
     `format` is a --format value ("rtn" is GPTQ's layout by plain rounding). `calib` is a text file, .jsonl or
-    hub:NAME, needed by the methods that look at data; for `gguf:TYPE` by rtn an importance matrix is made of it.
+    hub:NAME, needed by the methods that look at data and for a
+    target size; for `gguf:TYPE` by rtn an importance matrix is made of it.
     `recipe` is a YAML file of per-module rules, `skip` globs of modules to leave alone, `gguf` what only GGUF knows. A
     run that was killed goes on where it stopped when called again with the same arguments.
 
@@ -75,8 +76,8 @@ def quantize(
     wanted = base.Options("gptq" if format == "rtn" else format, bits, group_size, sym, desc_act)
     if is_gguf(format):
         refuse_modules(recipe, head_bits, skip)
-        text = calib if not how.NEEDS_CALIBRATION else None
-        goal = gguf_goal(ckpt, Path(out), wanted, gguf or GGUFOptions(), text, rows, progress)
+        asked = gguf or GGUFOptions()
+        goal = gguf_goal(ckpt, Path(out), wanted, asked, calib, rows, not how.NEEDS_CALIBRATION, progress)
     elif gguf is not None:
         raise UserError(f"--format {format}: imatrix, tensor types and target sizes are for --format gguf:TYPE")
     else:

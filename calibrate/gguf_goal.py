@@ -58,17 +58,19 @@ def gguf_goal(
     options: GGUFOptions,
     calib: str | None,
     rows_of: Mapping[str, int],
+    makes_imatrix: bool,
     progress: bool,
 ) -> Goal:
-    """The file `out` of the type that `wanted` names. `calib` is the text an importance matrix is made of where there
-    is none; `rows_of` says how much of it (samples, seqlen, seed).
+    """The file `out` of the type that `wanted` names. `calib` is the text that a target size is measured on and, with
+    `makes_imatrix`, what an importance matrix is made of where there is none; `rows_of` says how much of it (samples,
+    seqlen, seed).
 
     UserError, before any weight is touched, for whatever cannot be written.
     """
     if out.suffix != ".gguf" or out.is_dir():
         raise UserError(f"{out}: --format {wanted.format} writes one file. Fix: an OUT that ends in .gguf")
     base.fixed(wanted, "the type says them", bits=None, group_size=None, sym=None, desc_act=None)
-    imatrix = _imatrix(ckpt, options.imatrix, calib, rows_of, progress)
+    imatrix = _imatrix(ckpt, options.imatrix, calib if makes_imatrix else None, rows_of, progress)
     kind = wanted.format.partition(":")[2]
     if bool(kind) == bool(options.target):
         raise UserError(
@@ -76,7 +78,10 @@ def gguf_goal(
             "alone with --target-size or --target-bpw"
         )
     if options.target:
-        found = targeted(ckpt, options.target, imatrix, out.with_name(out.name + ".losses.json"), progress)
+        if calib is None:
+            raise UserError("a target size needs text to measure what each tensor loses. Fix: --calib FILE or hub:NAME")
+        notes = out.with_name(out.name + ".losses.json")
+        found = targeted(ckpt, options.target, imatrix, notes, calib, rows_of, progress)
     else:
         found = layout(ckpt, kind, options.overrides, imatrix)
     known = {} if imatrix is None else importances(found.tensors, imatrix)

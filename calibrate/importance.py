@@ -1,6 +1,5 @@
 """The calibration run behind an importance matrix: block by block, and nothing is quantized."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,25 +75,22 @@ class BlockRun:
                 self.shapes |= source_shapes(self.model, placement)
         self.runs = Blocks(self.model, self.path, ids.to(self.device))
 
-    def _load(self, part: int) -> None:
+    def load(self, part: int) -> None:
+        """Give the model the weights of a block, or (the last part) of everything outside them."""
         load_weights(
             self.model, self.places[part], lambda s: self.ckpt.dense(s, self.shapes.get(s)), self.device, self.ckpt.path
         )
 
-    def blocks(self, progress: bool, before: Callable[[int], None] | None = None) -> dict[str, Squares]:
-        """Squares of the inputs of every linear and expert of the blocks, by key. `before` is called with the index of
-        each block when it is loaded and its inputs (`runs.hidden`) are there, before it is run.
-        """
+    def blocks(self, progress: bool) -> dict[str, Squares]:
+        """Squares of the inputs of every linear and expert of the blocks, by key."""
         if any(is_experts(m) for m in self.model.modules()):
             self.model.set_experts_implementation(EXPERTS)
-        self._load(len(self.places) - 1)
+        self.load(len(self.places) - 1)
         tie(self.model)
         self.runs.begin()
         found: dict[str, Squares] = {}
         for index in tqdm(range(len(self.places) - 1), unit="block", disable=not progress, desc="imatrix"):
-            self._load(index)
-            if before:
-                before(index)
+            self.load(index)
             inside = {f"{self.path}.{index}.{n}": m for n, m in self.runs.list[index].named_modules()}
             linears = {path: module for path, module in inside.items() if is_linear(module)}
             experts = {path: module for path, module in inside.items() if is_experts(module)}

@@ -121,7 +121,7 @@ class Makers:
             asked |= {"method": "gptq", "calib": self.calib}
         if method == "size":
             size = sum(info.nbytes for info in read_gguf(self.make(kind, "gguf")[0]).tensors.values())
-            asked |= {"format": "gguf", "gguf": replace(options, target=Target(size=str(size)))}
+            asked |= {"format": "gguf", "gguf": replace(options, target=Target(size=str(size))), "calib": self.calib}
         summary = quantize(self.model, out, **asked, overwrite=True, resume=False, progress=False)
         return out, summary["seconds"]
 

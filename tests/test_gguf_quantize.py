@@ -131,15 +131,22 @@ def test_an_importance_matrix_is_heeded(source: Callable[..., Path], calib: str,
 
 
 @pytest.mark.parametrize("bpw", ["5", "7.5"])
-def test_a_size_is_met(bpw: str, source: Callable[..., Path], tmp_path: Path) -> None:
-    out = tmp_path / "m.gguf"
-    quantize(source("llama", **WIDE), out, format="gguf", gguf=GGUFOptions(target=Target(bpw=bpw)), progress=False)
+def test_a_size_is_met(bpw: str, source: Callable[..., Path], calib: str, tmp_path: Path) -> None:
+    out, wanted = tmp_path / "m.gguf", GGUFOptions(target=Target(bpw=bpw))
+    quantize(source("llama", **WIDE), out, format="gguf", gguf=wanted, calib=calib, **ROWS)
     found = read_gguf(out).tensors.values()
     weights, size = sum(math.prod(info.shape) for info in found), sum(info.nbytes for info in found)
     largest = max(math.prod(info.shape) for info in found)
     assert float(bpw) * weights / 8 - largest / 4 < size <= float(bpw) * weights / 8
     assert len({info.type_name for info in found} - {"F32"}) > 1
     assert not list(tmp_path.glob("*.losses.json"))
+
+
+@pytest.mark.parametrize(("bpw", "message"), [("0.6", "below the smallest file possible"), ("31", "above the largest")])
+def test_a_size_that_cannot_be(bpw: str, message: str, source: Callable[..., Path], calib: str, tmp_path: Path) -> None:
+    wanted = GGUFOptions(target=Target(bpw=bpw))
+    with pytest.raises(UserError, match=message):
+        quantize(source("llama"), tmp_path / "m.gguf", format="gguf", gguf=wanted, calib=calib, **ROWS)
 
 
 def test_a_gguf_file_is_a_source(source: Callable[..., Path], tmp_path: Path) -> None:
@@ -178,8 +185,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(source: Callable[..., Path], tmp
         ({"format": "gguf"}, r"expected a file type .* or gguf alone with --target-size"),
         ({"format": "gguf:q4_0", "gguf": GGUFOptions(target=Target(size="1M"))}, r"expected a file type"),
         ({"format": "gguf:q9_z"}, r"GGUF file type 'q9_z' is not known; accepted: .*q4_k_m"),
-        ({"format": "gguf", "gguf": GGUFOptions(target=Target(bpw="0.6"))}, r"below the smallest file possible"),
-        ({"format": "gguf", "gguf": GGUFOptions(target=Target(bpw="31"))}, r"above the largest file"),
+        (
+            {"format": "gguf", "gguf": GGUFOptions(target=Target(bpw="5"))},
+            r"a target size needs text .* Fix: --calib FILE",
+        ),
         ({"format": "rtn", "gguf": GGUFOptions()}, r"are for --format gguf:TYPE"),
     ],
 )
