@@ -59,8 +59,7 @@ def curvatures(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, list[Curvature]]:
-    """Curvatures of the matrices of a checkpoint by name, one for each use, measured on the text `calib`. 1024 tokens
-    already predict the KL divergence of one tensor quantized to 10 % (books-8m).
+    """Curvatures of the matrices of a checkpoint by name, one for each use, measured on the text `calib`.
 
     Of weights that the model holds in another form than the checkpoint (transposed or fused experts) only the mean is
     known; experts that no token reached are left out. UserError for a checkpoint that cannot be read, an architecture
