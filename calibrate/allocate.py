@@ -8,7 +8,7 @@ Research 27: 503): every state of the walk is the best there is of its size. The
 not fit, so the result is at most that one step's saving above the optimum; what room is left is then filled with the
 smaller steps that still fit.
 
-Losses must be of one scale for all tensors: `weighted_error` (importance matrix) or tr(dW H dW^T) of stats.py.
+Losses must be of one scale for all tensors, as the predicted KL divergences of sensitivity.py are.
 """
 
 import heapq
@@ -154,15 +154,6 @@ def check_target(table: Table, target: int, fixed: int = 0) -> None:
             f"the target of {target} bytes is above the largest file that the candidate types give, {most} bytes. Fix: "
             f"--target-size {most} or less, or allow larger types"
         )
-
-
-def weighted_error(weight: Tensor, restored: Tensor, importance: Tensor | None) -> float:
-    """Sum of importance * (restored - weight)^2, what llama.cpp's quantizers minimise: the squared error of the output
-    where inputs are independent. weight, restored [M, N, K] or [N, K]; importance [M, K] or [1, K], None for ones.
-    """
-    squared = (restored - weight).float().square()
-    by_column = squared.sum(-2, dtype=squared.dtype).double().reshape(-1, squared.shape[-1])
-    return float(by_column.sum() if importance is None else (by_column * importance).sum())
 
 
 def parse_size(text: str) -> int:

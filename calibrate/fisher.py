@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.linear import EXPERTS, is_experts
-from ..models.load import owner, tie
+from ..models.load import owner
 from ..models.names import Placement
 from .blocks import Blocks, unload_weights
 from .importance import BlockRun
@@ -76,12 +75,8 @@ def curvatures(
 
 def _backward(run: BlockRun, seed: int, progress: bool) -> _Sums:
     """Sums of every matrix of the model by name, from the head back to the embeddings, one row of tokens at a time."""
-    if any(is_experts(m) for m in run.model.modules()):
-        run.model.set_experts_implementation(EXPERTS)
     outside, runs = len(run.places) - 1, run.runs
-    run.load(outside)
-    tie(run.model)
-    runs.begin()
+    run.begin()
     inputs: list[list[Tensor]] = []
     sums: _Sums = {}
     with tqdm(total=2 * outside, unit="block", disable=not progress, desc="curvature") as bar:

@@ -77,10 +77,10 @@ def gguf_goal(
             f"--format {wanted.format}: expected a file type (gguf:q4_k_m; `bitsmith formats` lists them), or gguf "
             "alone with --target-size or --target-bpw"
         )
+    notes = out.with_name(out.name + ".losses.json")
     if options.target:
         if calib is None:
             raise UserError("a target size needs text to measure what each tensor loses. Fix: --calib FILE or hub:NAME")
-        notes = out.with_name(out.name + ".losses.json")
         found = targeted(ckpt, options.target, imatrix, notes, calib, rows_of, progress)
     else:
         found = layout(ckpt, kind, options.overrides, imatrix)
@@ -92,6 +92,8 @@ def gguf_goal(
         packed = source.packed if isinstance(source, _Finished) else lambda module: None
         size = export(head, source, out, lambda each, kind: rows(each, kind, source, packed, known))
         store.discard()
+        if options.target:
+            notes.unlink()
         weights = sum(math.prod(each.shape) for each in found.tensors)
         return {"bpw": round(8 * size / weights, 4), "bytes": size}
 

@@ -54,7 +54,7 @@ def targeted(
     not counted).
 
     `rows` says the tokens of a sample and the seed; curvatures take few samples. Losses are kept in `notes` as they are
-    measured, so that a killed run goes on. UserError for a target that no choice of types meets, and one beyond every
+    measured, so that a killed run goes on; the caller deletes the file when nothing needs it any more. UserError for a target that no choice of types meets, and one beyond every
     tensor's best.
     """
     arch, tensors = plan(ckpt)
@@ -71,7 +71,6 @@ def targeted(
         measure(sources, CANDIDATES, _restored, imatrix, measured, progress)
     check_target(measured.table, wanted, fixed)
     types = allocate(measured.table, wanted, fixed).types
-    notes.unlink()
     every = {each.name: types.get(each.name, "F32") for each in tensors}
     return Layout(_usual(measured.table, types), tuple(tensors), every)
 

@@ -81,13 +81,17 @@ class BlockRun:
             self.model, self.places[part], lambda s: self.ckpt.dense(s, self.shapes.get(s)), self.device, self.ckpt.path
         )
 
-    def blocks(self, progress: bool) -> dict[str, Squares]:
-        """Squares of the inputs of every linear and expert of the blocks, by key."""
+    def begin(self) -> None:
+        """Load what is outside the blocks and embed every row: all is set for the first block."""
         if any(is_experts(m) for m in self.model.modules()):
             self.model.set_experts_implementation(EXPERTS)
         self.load(len(self.places) - 1)
         tie(self.model)
         self.runs.begin()
+
+    def blocks(self, progress: bool) -> dict[str, Squares]:
+        """Squares of the inputs of every linear and expert of the blocks, by key."""
+        self.begin()
         found: dict[str, Squares] = {}
         for index in tqdm(range(len(self.places) - 1), unit="block", disable=not progress, desc="imatrix"):
             self.load(index)

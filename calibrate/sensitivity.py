@@ -30,7 +30,7 @@ class Source(NamedTuple):
     shape: tuple[int, ...]
     # The weight as the file will hold it; called once, and only where the tensor was not measured before.
     weight: Callable[[], Tensor]
-    # How much its errors matter, once for each use: rows [M * N], columns [K]. None: as if they did not.
+    # How much its errors matter, once for each use: rows [M * N], columns [K]. Empty: as if they did not.
     curvatures: Sequence[Curvature]
 
 

@@ -48,8 +48,8 @@ def _add_gguf(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-tensor-type", metavar="TYPE")
     group.add_argument("--token-embedding-type", metavar="TYPE")
     target = group.add_mutually_exclusive_group()
-    target.add_argument("--target-bpw", metavar="B", help="bits per weight of the file: types by measured loss")
-    target.add_argument("--target-size", metavar="SIZE", help="of the file, such as 5GiB: types by measured loss")
+    target.add_argument("--target-bpw", metavar="B", help="bits per weight of the file: types by loss on --calib")
+    target.add_argument("--target-size", metavar="SIZE", help="of the file, such as 5GiB: types by loss on --calib")
 
 
 def _gguf_options(options: dict[str, Any]) -> Any:

@@ -18,7 +18,6 @@ from bitsmith.calibrate.allocate import (
     largest,
     parse_bpw,
     parse_size,
-    weighted_error,
 )
 from bitsmith.errors import UserError
 from bitsmith.quant_formats.gguf_mixture import tensor_bytes
@@ -171,18 +170,6 @@ def test_bad_targets_are_named(call: Callable[[], int]) -> None:
 
 def test_bits_per_weight() -> None:
     assert parse_bpw("4.25", 8_000_000_000) == 4_250_000_000
-
-
-def test_weighted_error_is_the_outputs_for_independent_inputs() -> None:
-    w, restored = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
-    importance = torch.rand(3, 8)
-    direct = sum(
-        float(((restored[m] - w[m]) @ torch.diag(importance[m]) @ (restored[m] - w[m]).T).trace()) for m in range(3)
-    )
-    assert weighted_error(w, restored, importance) == pytest.approx(direct, rel=1e-5)
-    assert weighted_error(w[0], restored[0], None) == pytest.approx(
-        float((w[0] - restored[0]).square().sum()), rel=1e-5
-    )
 
 
 def test_measurements_survive_a_restart(tmp_path: Path) -> None:

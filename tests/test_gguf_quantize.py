@@ -208,3 +208,22 @@ def test_garbage_types_need_an_importance_matrix(source: Callable[..., Path], tm
 def test_a_directory_is_no_file(source: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"writes one file. Fix: an OUT that ends in .gguf"):
         quantize(source("llama"), tmp_path / "m", format="gguf:q8_0", progress=False)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_run_keeps_its_losses(
+    source: Callable[..., Path], calib: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring is the long part of a size target: a run that stopped after it does not measure again."""
+    out, wanted = tmp_path / "m.gguf", GGUFOptions(target=Target(bpw="7.5"))
+    asked: dict[str, Any] = {"format": "gguf", "gguf": wanted, "calib": calib, **ROWS}
+    with monkeypatch.context() as stopped:
+        stopped.setattr("bitsmith.calibrate.gguf_goal.header", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source("llama", **WIDE), out, **asked)
+    monkeypatch.setattr("bitsmith.calibrate.gguf_size.curvatures", lambda *_, **__: pytest.fail("measured again"))
+    quantize(source("llama", **WIDE), out, **asked)
+    assert out.exists() and not list(tmp_path.glob("*.losses.json"))
