@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from ..errors import UserError
 from ..models.checkpoint import read_json
 from .store import write_json

@@ -54,8 +54,8 @@ def targeted(
     not counted).
 
     `rows` says the tokens of a sample and the seed; curvatures take few samples. Losses are kept in `notes` as they are
-    measured, so that a killed run goes on; the caller deletes the file when nothing needs it any more. UserError for a target that no choice of types meets, and one beyond every
-    tensor's best.
+    measured, so that a killed run goes on; the caller deletes the file when nothing needs it any more. UserError for a
+    target that no choice of types meets, and one beyond every tensor's best.
     """
     arch, tensors = plan(ckpt)
     wanted = target.bytes(sum(math.prod(each.shape) for each in tensors))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from bitsmith.calibrate.allocate import (
     Allocation,
     Choice,
