@@ -40,10 +40,20 @@ def _mix_tensor(value: Tensor) -> Tensor:
     return value
 
 
-def keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [B]: the generator's state for the token at `positions[i]` of the output of a request with `seeds[i]`."""
+def keys(seeds: Sequence[int], positions: Sequence[int], device: torch.device, sampler: int = 0) -> Tensor:
+    """int64 [B]: the generator's state for the token at `positions[i]` of the output of a request with `seeds[i]`.
+
+    Each `sampler` that needs numbers has its own: 0 draws the token, XTC tosses its coin.
+    """
     mixed = [_mix((_mix(seed & _MASK) + position) & _MASK) for seed, position in zip(seeds, positions, strict=True)]
+    if sampler:
+        mixed = [_mix(key ^ sampler) for key in mixed]
     return torch.tensor([_signed(key) for key in mixed], dtype=torch.int64, device=device)
+
+
+def uniform(key: Tensor) -> Tensor:
+    """float32 [B]: one number in [0, 1) for each key [B]."""
+    return ((_mix_tensor(key + _signed(_GAMMA)) >> 40) & (2**24 - 1)).float() * 2.0**-24
 
 
 def exponential(key: Tensor, token: Tensor) -> Tensor:
@@ -54,12 +64,14 @@ def exponential(key: Tensor, token: Tensor) -> Tensor:
     return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
-def draw(probs: Tensor, key: Tensor) -> Tensor:
+def draw(probs: Tensor, key: Tensor, ids: Tensor | None = None) -> Tensor:
     """int64 [B]: one token of each row of probs [B, V], drawn with the row's key [B].
 
     An exponential race (the Gumbel-max trick without its logarithm): the token with the smallest Exp(1) / p is first,
-    and it is token i with probability p_i. Tokens with p = 0 never are.
+    and it is token i with probability p_i. Tokens with p = 0 never are. ids [B, V] names the tokens, by default 0 to V.
     """
+    if ids is not None:
+        return ids.gather(-1, (probs / exponential(key[:, None], ids)).argmax(-1, keepdim=True))[:, 0]
     alive = probs > 0
     # Truncated rows keep few tokens: hashing only those takes 0.4 instead of 1.3 ms a row of 128 k, and gives the same.
     if 4 * int(alive.count_nonzero()) > alive.numel():

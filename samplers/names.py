@@ -1,8 +1,8 @@
 """Names other servers' clients send, and what becomes of them here.
 
-ALIASES translate to our name. UNSUPPORTED names are accepted at their neutral value and refused, by name, at any other:
-silently ignoring a sampler is worse than an error. PENALTY_RANGES have no effect while no penalty is on. IGNORED never
-influence the text. Anything else is a UserError that suggests the nearest known name.
+ALIASES translate to our name, STEP_NAMES those of samplers in an order. UNSUPPORTED names are accepted at their neutral
+value and refused, by name, at any other: silently ignoring a sampler is worse than an error. IGNORED never influence
+the text. Anything else is a UserError that suggests the nearest known name.
 
 Sources: the public request schemas of OpenAI, vLLM, Aphrodite, llama.cpp, TabbyAPI, KoboldCpp, Ollama and
 text-generation-webui.
@@ -29,6 +29,12 @@ ALIASES: dict[str, str] = {
     "min_new_tokens": "min_tokens",
     "repeat_penalty": "repetition_penalty",
     "rep_pen": "repetition_penalty",
+    "penalty_last_n": "repetition_penalty_range",
+    "penalty_range": "repetition_penalty_range",
+    "rep_pen_range": "repetition_penalty_range",
+    "repeat_last_n": "repetition_penalty_range",
+    "repetition_range": "repetition_penalty_range",
+    "rep_pen_slope": "repetition_slope",
     "freq_pen": "frequency_penalty",
     "pres_pen": "presence_penalty",
     "stop_sequence": "stop",
@@ -37,88 +43,52 @@ ALIASES: dict[str, str] = {
     "custom_stopping_strings": "stop",
     "sampler_seed": "seed",
     "n_probs": "logprobs",
+    "typical": "typical_p",
+    "tfs_z": "tfs",
+    "top_n_sigma": "nsigma",
+    "mirostat": "mirostat_mode",
+    "min_temp": "dynatemp_min",
+    "max_temp": "dynatemp_max",
+    "dynatemp_low": "dynatemp_min",
+    "dynatemp_high": "dynatemp_max",
+    "temp_exponent": "dynatemp_exponent",
+    "dry_penalty_last_n": "dry_range",
+    "custom_token_bans": "banned_tokens",
+    "banned_phrases": "banned_strings",
+    "cfg_scale": "guidance_scale",
+    "samplers": "sampler_priority",
+    "sampler_order": "sampler_priority",
+    "thinking_budget": "thinking_token_budget",
 }
 
 # name: its neutral values. None and empty strings, lists and objects are neutral for all of them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (True,),
-    "adaptive_target": (-1,),
-    "allowed_token_ids": (),
-    "ban_eos_token": (False,),
-    "bad_words": (),
-    "banned_strings": (),
-    "banned_tokens": (),
     "best_of": (1,),
-    "cfg_scale": (1,),
-    "custom_token_bans": (),
     "do_sample": (True,),
-    "dry_multiplier": (0,),
-    "dynamic_temperature": (False,),
-    "dynatemp_max": (0,),
-    "dynatemp_min": (0,),
-    "dynatemp_range": (0,),
     "early_stopping": (False,),
     "encoder_repetition_penalty": (1,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
     "grammar": (),
     "grammar_string": (),
-    "guidance_scale": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
     "json_schema": (),
     "length_penalty": (1,),
-    "mirostat": (0,),
-    "mirostat_mode": (0,),
     "n": (1,),
-    "negative_prompt": (),
-    "no_repeat_ngram_size": (0,),
-    "nsigma": (0,),
     "num_beams": (1,),
     "penalty_alpha": (0,),
     "post_sampling_probs": (False,),
     "prompt_logprobs": (),
     "regex_pattern": (),
-    "repetition_detection": (),
     "return_tokens_as_token_ids": (False,),
-    "sampler_order": (),
-    "sampler_priority": (),
-    "samplers": (),
-    "skew": (0,),
-    "smoothing_factor": (0,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
-    "temperature_last": (False,),
-    "tfs": (1,),
-    "tfs_z": (1,),
-    "thinking_token_budget": (),
     "token_ban_ranges": (),
-    "token_healing": (False,),
-    "top_a": (0,),
-    "top_n_sigma": (-1, 0),
     "truncate_prompt_tokens": (),
-    "typical": (1,),
-    "typical_p": (1,),
     "use_beam_search": (False,),
-    "xtc_probability": (0,),
 }
-
-# How far back penalties look. Ours see the whole prompt and output, which -1 asks for.
-PENALTY_RANGES = frozenset(
-    {
-        "penalty_last_n",
-        "penalty_range",
-        "rep_pen_range",
-        "rep_pen_slope",
-        "repeat_last_n",
-        "repetition_decay",
-        "repetition_penalty_range",
-        "repetition_range",
-    }
-)
-_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 IGNORED = frozenset(
     {
@@ -137,26 +107,70 @@ IGNORED = frozenset(
         "store",
         "timings_per_token",
         "user",
-        # These only tune a sampler of UNSUPPORTED, which is off if the request gets this far.
-        "adaptive_decay",
-        "dry_allowed_length",
-        "dry_base",
-        "dry_penalty_last_n",
-        "dry_range",
-        "dry_sequence_breakers",
-        "dynatemp_exponent",
+        # Bounds on a scan that ours does not need, and on a cut that always leaves one token.
+        "dry_early_exit_match_len",
+        "dry_max_ngram",
+        "dry_max_occurrences",
         "min_keep",
-        "mirostat_eta",
-        "mirostat_tau",
-        "smoothing_curve",
-        "xtc_threshold",
     }
 )
+
+# The samplers whose place a request may choose, by the parameter that names them, in no order.
+STEPS = (
+    "no_repeat_ngram", "repetition_penalty", "presence_frequency_penalty", "dry", "temperature", "smoothing", "nsigma",
+    "min_p", "top_k", "top_p", "top_a", "tfs", "eta_cutoff", "epsilon_cutoff", "typical_p", "xtc", "skew",
+)  # fmt: skip
+STEP_NAMES: dict[str, str | tuple[str, ...]] = {
+    "penalties": ("repetition_penalty", "presence_frequency_penalty"),
+    "rep_pen": ("repetition_penalty", "presence_frequency_penalty"),
+    "presence_penalty": "presence_frequency_penalty",
+    "frequency_penalty": "presence_frequency_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+    "temp": "temperature",
+    "dynatemp": "temperature",
+    "dynamic_temperature": "temperature",
+    "quadratic": "smoothing",
+    "quadratic_sampling": "smoothing",
+    "smoothing_factor": "smoothing",
+    "top_n_sigma": "nsigma",
+    "top_nsigma": "nsigma",
+    "tfs_z": "tfs",
+    "tail_free": "tfs",
+    "eta": "eta_cutoff",
+    "epsilon": "epsilon_cutoff",
+    "typical": "typical_p",
+    "typ_p": "typical_p",
+    "top_p_top_k": ("top_k", "top_p"),
+    # They have no place to choose: feedback samplers come last; the other is off.
+    "mirostat": (),
+    "adaptive_p": (),
+    "encoder_repetition_penalty": (),
+}
+# https://github.com/LostRuins/koboldcpp, `sampler_order`. Aphrodite numbered its own samplers otherwise.
+KOBOLD_IDS: tuple[str, ...] = ("top_k", "top_a", "top_p", "tfs", "typical_p", "temperature", "rep_pen")
 
 
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def step_names(name: Any) -> tuple[str, ...]:
+    """Our steps for one entry of a sampler order: a name of any server, or one of Kobold's ids. UserError otherwise."""
+    if isinstance(name, int) and not isinstance(name, bool):
+        if not 0 <= name < len(KOBOLD_IDS):
+            known = ", ".join(f"{i} {each}" for i, each in enumerate(KOBOLD_IDS))
+            raise UserError(f"sampler_priority: there is no sampler {name}; Kobold's ids are {known}; give names else")
+        name = KOBOLD_IDS[name]
+    key = str(name).strip().lower().replace("-", "_")
+    if key in STEPS:
+        return (key,)
+    if key not in STEP_NAMES:
+        near = difflib.get_close_matches(key, [*STEPS, *STEP_NAMES], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the samplers are {', '.join(STEPS)}"
+        raise UserError(f"sampler_priority: unknown sampler {name!r}: {hint}")
+    found = STEP_NAMES[key]
+    return (found,) if isinstance(found, str) else found
 
 
 def translate(request: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,29 +179,34 @@ def translate(request: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[st
     None counts as absent. UserError for an unknown name, an unsupported parameter that would change the text, or two
     names of one parameter with different values.
     """
+    request = _dynamic_temperature({name: value for name, value in request.items() if value is not None})
     params: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    foreign: dict[str, Any] = {}
     for name, value in request.items():
         target = ALIASES.get(name, name)
-        if value is None:
-            continue
-        if target not in neutral:
-            foreign[name] = value
-        elif target in params and params[target] != value:
-            raise UserError(f"{sources[target]} and {name} are one parameter with two values: send one of them")
-        else:
+        if target in neutral:
+            if target in params and params[target] != value:
+                raise UserError(f"{sources[target]} and {name} are one parameter with two values: send one of them")
             params[target], sources[target] = value, name
-    penalised = any(params.get(name, neutral[name]) != neutral[name] for name in _PENALTIES)
-    for name, value in foreign.items():
-        if name in UNSUPPORTED:
+        elif name in UNSUPPORTED:
             _check_unsupported(name, value)
-        elif name in PENALTY_RANGES:
-            if penalised and value != -1:
-                raise UserError(f"{name} is not supported (got {value!r}), penalties see all of the text: remove it")
         elif name not in IGNORED:
             raise UserError(f"unknown parameter {name}: {_suggestion(name, neutral)}")
     return params
+
+
+def _dynamic_temperature(request: dict[str, Any]) -> dict[str, Any]:
+    """dynatemp_range (temperature +- range: llama.cpp, Kobold) and the switch `dynamic_temperature` as min and max."""
+    spread = request.pop("dynatemp_range", 0)
+    switch = request.pop("dynamic_temperature", True)
+    if not switch:
+        return {name: value for name, value in request.items() if not ALIASES.get(name, name).startswith("dynatemp_")}
+    if not spread:
+        return request
+    middle = request.get("temperature", request.get("temp", 1.0))
+    if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in (spread, middle)):
+        raise UserError(f"dynatemp_range must be a number, as temperature must, not {spread!r} and {middle!r}")
+    return {**request, "dynatemp_min": max(0.0, middle - spread), "dynatemp_max": middle + spread}
 
 
 def _check_unsupported(name: str, value: Any) -> None:
@@ -200,5 +219,5 @@ def _check_unsupported(name: str, value: Any) -> None:
 
 
 def _suggestion(name: str, neutral: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, [*neutral, *ALIASES, *UNSUPPORTED, *PENALTY_RANGES], n=1)
+    near = difflib.get_close_matches(name, [*neutral, *ALIASES, *UNSUPPORTED], n=1)
     return f"did you mean {near[0]}?" if near else f"the sampling parameters are {', '.join(neutral)}"

@@ -1,114 +1,35 @@
 """From logits to tokens: every sampler in one order, for a batch whose rows each have their own parameters.
 
-ORDER is the order, for every request: first what decides which token is best (bias, bans, penalties), then temperature,
-then truncation by min_p, top_k and top_p, as vLLM does. Penalties act on the model's own logits, so their strength does
-not depend on temperature. Truncation sees the tempered distribution: the tokens it keeps are those that would be drawn.
-top_k precedes top_p, which therefore takes its share of the tokens top_k left; min_p compares ratios and could stand
-anywhere but before top_p. Each step appears once and runs once (applying penalties twice squares them).
+ORDER is the order: first what decides which tokens there are (bias, bans) and which is best (penalties, DRY), then
+temperature and smoothing, then what removes unlikely tokens, then XTC and skew, which bend what is left, then the
+feedback samplers, then the draw. Penalties act on the model's own logits, so their strength does not depend on
+temperature. Truncation sees the tempered distribution: the tokens it keeps are those that would be drawn. top_k
+precedes top_p, which therefore takes its share of the tokens top_k left. XTC follows truncation, as its author
+advises. Each step appears once and runs once (applying penalties twice squares them). `sampler_priority` gives the
+samplers it names each other's places in its own order and leaves the others where they are; `temperature_last` moves
+temperature behind skew. With mirostat nothing else removes tokens. Greedy rows take only the steps that decide which
+token is best: up to DRY.
 
-A step runs on the rows that use it and on no others, so a row's result does not depend on its neighbours. To add a
-sampler: one function in steps.py, one field in params.py, one line in ORDER.
+Rows that use the same steps in the same order go through them together and no row sees another, so a row's result does
+not depend on its neighbours. To add a sampler: one function in steps.py or truncation.py, its fields in params.py, one
+line in inputs.ORDER.
 """
 
-from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import steps
 from .draw import draw, keys
+from .history import History
+from .inputs import ORDER, Context, Step
 from .params import SamplingParams
+from .trace import StepTrace, compare
+from .truncation import HEAD, compact
 
-
-@dataclass(frozen=True)
-class Context:
-    """What a step may look at, row by row: parameters, history, and what the model calls the end of a sequence."""
-
-    params: Sequence[SamplingParams]
-    prompts: Sequence[Sequence[int]]
-    outputs: Sequence[Sequence[int]]
-    eos_token_ids: Collection[int]
-    device: torch.device
-
-    def take(self, rows: Sequence[int]) -> "Context":
-        """The context of some of the rows."""
-        return replace(
-            self,
-            params=[self.params[row] for row in rows],
-            prompts=[self.prompts[row] for row in rows],
-            outputs=[self.outputs[row] for row in rows],
-        )
-
-    def column(self, name: str) -> Tensor:
-        """[B, 1]: field `name` of every row, float32 or int64."""
-        values = [getattr(params, name) for params in self.params]
-        dtype = torch.int64 if all(isinstance(value, int) for value in values) else torch.float32
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
-
-    def at(self, tokens: Sequence[Collection[int]]) -> steps.At:
-        """(rows[N], tokens[N]): where the logits of `tokens[i]` in row i are."""
-        rows = [row for row, ids in enumerate(tokens) for row in repeat(row, len(ids))]
-        flat = [token for ids in tokens for token in ids]
-        return self._ints(rows), self._ints(flat)
-
-    def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A sampler's place in the order: `apply(logits, *inputs(context, fields))` on the rows where it is not neutral."""
-
-    apply: Callable[..., Tensor]
-    fields: tuple[str, ...]  # it is neutral for a row whose fields all have their defaults
-    inputs: Callable[[Context, tuple[str, ...]], tuple[Any, ...]]
-    greedy: bool = False  # whether it can change which token is best, so that greedy rows need it too
-
-
-def _columns(context: Context, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    return tuple(context.column(name) for name in fields)
-
-
-def _bias(context: Context, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    biases = [params.logit_bias or {} for params in context.params]
-    values = torch.tensor([value for bias in biases for value in bias.values()], device=context.device)
-    return context.at(biases), values
-
-
-def _early_ends(context: Context, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    """Tokens that would end an output still shorter than min_tokens."""
-    ends: list[Collection[int]] = []
-    for params, output in zip(context.params, context.outputs, strict=True):
-        eos = () if params.ignore_eos else context.eos_token_ids
-        ends.append({*params.stop_token_ids, *eos} if len(output) < params.min_tokens else ())
-    return (context.at(ends),)
-
-
-def _seen(context: Context, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    texts = [{*prompt, *output} for prompt, output in zip(context.prompts, context.outputs, strict=True)]
-    return *_columns(context, fields), context.at(texts)
-
-
-def _counted(context: Context, fields: tuple[str, ...]) -> tuple[Any, ...]:
-    counts = [Counter(output) for output in context.outputs]
-    values = torch.tensor([n for count in counts for n in count.values()], device=context.device)
-    return *_columns(context, fields), context.at(counts), values
-
-
-ORDER: tuple[Step, ...] = (
-    Step(steps.logit_bias, ("logit_bias",), _bias, greedy=True),
-    Step(steps.ban, ("min_tokens",), _early_ends, greedy=True),
-    Step(steps.repetition_penalty, ("repetition_penalty",), _seen, greedy=True),
-    Step(steps.presence_frequency_penalty, ("presence_penalty", "frequency_penalty"), _counted, greedy=True),
-    Step(steps.temperature, ("temperature",), _columns),
-    Step(steps.min_p, ("min_p",), _columns),
-    Step(steps.top_k, ("top_k",), _columns),
-    Step(steps.top_p, ("top_p",), _columns),
-)
+# Logits handled at once on a CPU: what its caches hold, and what the allocator keeps instead of mapping it anew.
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -118,23 +39,121 @@ class Sampled:
     token_id: int
     logprob: float | None  # None unless params.logprobs is set
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first, lower id first among equals
+    trace: tuple[StepTrace, ...] = ()  # what each sampler did, if params.sampler_trace is set
 
 
-def process(logits: Tensor, context: Context) -> Tensor:
-    """float32 logits [B, V] after every step of ORDER; greedy rows only after those that can change the best token."""
-    for step in ORDER:
-        rows = [
-            row
-            for row, params in enumerate(context.params)
-            if (step.greedy or not params.greedy) and not params.is_neutral(*step.fields)
-        ]
-        if len(rows) == len(context.params):
-            logits = step.apply(logits, *step.inputs(context, step.fields))
-        elif rows:
-            some = torch.tensor(rows, device=logits.device)
-            changed = step.apply(logits[some], *step.inputs(context.take(rows), step.fields))
-            logits = logits.index_copy(0, some, changed)
-    return logits
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of the batch, alike in their steps, with their logits [b, W] after them.
+
+    ids [b, W] names the tokens; None if W is the whole vocabulary.
+    """
+
+    rows: list[int]
+    context: Context
+    logits: Tensor
+    ids: Tensor | None = None
+    # Logits before the feedback samplers, which are told how likely the token was there.
+    open: Tensor | None = None
+    traces: tuple[list[StepTrace], ...] = ()  # of each row, if they are traced
+
+    def best(self) -> Tensor:
+        """int64 [b, 1]: where the largest logit is, the lowest id among equals."""
+        return self.logits.argmax(-1, keepdim=True)
+
+    @property
+    def greedy(self) -> bool:
+        return self.context.params[0].greedy
+
+    def probs(self) -> Tensor:
+        """float32 [b, W]: the distribution; a greedy row is one-hot at its best token."""
+        if self.greedy:
+            return torch.zeros_like(self.logits).scatter_(-1, self.best(), 1.0)
+        return self.logits.softmax(-1)
+
+
+def plan(params: SamplingParams) -> tuple[Step, ...]:
+    """The steps that change something for a request, in its order."""
+    steps = {step.name: step for step in ORDER}
+    names = list(steps)
+    if params.temperature_last:
+        names.remove("temperature")
+        names.insert(names.index("skew") + 1, "temperature")
+    chosen = iter(params.sampler_priority)
+    names = [next(chosen) if name in params.sampler_priority else name for name in names]
+    return tuple(
+        step
+        for step in map(steps.__getitem__, names)
+        if not params.is_neutral(*step.fields)
+        and (step.greedy or not params.greedy)
+        and not (step.truncates and params.mirostat_mode)
+    )
+
+
+def process(logits: Tensor, context: Context) -> list[Piece]:
+    """float32 logits [B, V] after every step, in pieces: each row is in one of them, in any order."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, (params, history) in enumerate(zip(context.params, context.histories, strict=True)):
+        if history.plan is None:
+            history.plan = plan(params)
+        groups.setdefault((history.plan, params.greedy, params.sampler_trace), []).append(row)
+    most = max(1, _CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    pieces = []
+    for rows in groups.values():
+        for start in range(0, len(rows), most):
+            pieces += _run(logits, context, rows[start : start + most])
+    return pieces
+
+
+def _run(logits: Tensor, context: Context, rows: list[int]) -> Iterator[Piece]:
+    """The rows, which take the same steps, after them; in two pieces where truncation left some of them few tokens."""
+    some = context.take(rows)
+    steps = some.histories[0].plan or ()
+    whole = rows == list(range(rows[0], rows[0] + len(rows)))
+    traces = tuple([] for _ in rows) if some.params[0].sampler_trace else ()
+    taken = logits[rows[0] : rows[0] + len(rows)] if whole else logits[torch.tensor(rows, device=logits.device)]
+    pieces = [Piece(rows, some, taken, traces=traces)]
+    for at, step in enumerate(steps):
+        pieces = [_step(piece, step) for piece in pieces]
+        if step.truncates and len(pieces) == 1 and not any(later.sparse for later in steps[at:]):
+            pieces = _shrink(pieces[0])
+    yield from pieces
+
+
+def _step(piece: Piece, step: Step) -> Piece:
+    after = step.apply(piece.logits, *step.inputs(replace(piece.context, ids=piece.ids)))
+    for row, trace in enumerate(piece.traces):
+        ids = None if piece.ids is None else piece.ids[row]
+        trace.append(compare(step.name, piece.logits[row], after[row], ids))
+    return replace(piece, logits=after, open=piece.logits if step.feeds else piece.open)
+
+
+def _shrink(piece: Piece) -> list[Piece]:
+    """Rows with few tokens left on those alone, the others as they are.
+
+    How narrow a row becomes depends on that row only: sums over another width would round differently.
+    """
+    if piece.logits.shape[-1] <= HEAD:
+        return [piece]
+    alive = piece.logits > -torch.inf
+    # Two columns stay free: tail-free sampling looks at the two tokens after the last one.
+    few = alive.sum(-1) <= HEAD - 2
+    if not few.any():
+        return [piece]
+    if few.all():
+        narrow, ids = compact(piece.logits, alive, HEAD)
+        return [replace(piece, logits=narrow, ids=ids)]
+    parts = []
+    for mask in (few, ~few):
+        rows = mask.nonzero()[:, 0].tolist()
+        part = Piece(
+            [piece.rows[row] for row in rows],
+            piece.context.take(rows),
+            piece.logits[mask],
+            traces=tuple(piece.traces[row] for row in rows) if piece.traces else (),
+        )
+        parts.append(part)
+    return [*_shrink(parts[0]), parts[1]]
 
 
 def distribution(
@@ -143,19 +162,38 @@ def distribution(
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
     eos_token_ids: Collection[int] = (),
+    seeds: Sequence[int] | None = None,
+    histories: Sequence[History] | None = None,
 ) -> Tensor:
     """float32 [B, V]: the distribution each row's next token is drawn from, after every sampler.
 
     logits: float32 [B, V], not changed. Row i has params[i], the prompt prompts[i] and has sampled outputs[i]. A greedy
-    row is one-hot at its largest processed logit, the lowest id among equals. `eos_token_ids` matter to min_tokens.
+    row is one-hot at its largest processed logit, the lowest id among equals. `eos_token_ids` matter to min_tokens,
+    ban_eos_token and XTC. seeds[i] decides XTC's coin; by default params[i].seed, or 0. A draft is verified against
+    these rows: they are what `sample` draws from, at every position, with the same seeds and histories.
 
-    UserError if logit_bias or stop_token_ids names a token beyond V. ValueError if the columns differ in length or a
-    row has no finite logit left (NaN from the model, or everything banned).
+    histories[i] keeps what a row's samplers know of its text between calls; by default it is made from prompts[i] and
+    outputs[i]. Without one there are no `Words`: strings (bad_words, dry_sequence_breakers) have no tokens, and
+    mirostat and adaptive-p are at their beginning.
+
+    UserError if a parameter names a token beyond V. ValueError if the columns differ in length, bad_words are asked for
+    without a history, or a row has no finite logit left (NaN from the model, or everything banned).
     """
-    processed, best = _checked(logits, Context(params, prompts, outputs, eos_token_ids, logits.device))
-    greedy = torch.tensor([each.greedy for each in params], device=logits.device)[:, None]
-    one_hot = torch.zeros_like(processed).scatter_(-1, best[:, None], 1.0)
-    return torch.where(greedy, one_hot, processed.softmax(-1))
+    context = _context(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
+    probs = torch.zeros_like(logits, dtype=torch.float32)
+    broken: list[int] = []
+    for piece in process(logits.float(), context):
+        broken += _broken(piece)
+        rows = torch.tensor(piece.rows, device=logits.device)
+        if piece.ids is None:
+            probs[rows] = piece.probs()
+        else:
+            probs[rows] = torch.zeros_like(probs[rows]).scatter_add_(-1, piece.ids, piece.probs())
+    if broken:
+        raise ValueError(
+            f"rows {sorted(broken)} have no finite logit to sample from: NaN from the model, or all tokens banned"
+        )
+    return probs
 
 
 def sample(
@@ -165,45 +203,90 @@ def sample(
     outputs: Sequence[Sequence[int]],
     seeds: Sequence[int],
     eos_token_ids: Collection[int] = (),
-) -> list[Sampled]:
-    """Draw one token per row from `distribution`, whose arguments and errors these are.
+    histories: Sequence[History] | None = None,
+) -> list[Sampled | None]:
+    """Draw one token per row from `distribution`, whose arguments and errors these are; None for a row without one.
 
     seeds[i] is params[i].seed or, without one, any number drawn once per request. The draw depends on it and on
     len(outputs[i]) alone. Log-probabilities are those of `logits` as given, before any step (vLLM's `raw_logprobs`).
+    Histories of rows with mirostat or adaptive-p are told what was drawn.
     """
-    processed, chosen = _checked(logits, Context(params, prompts, outputs, eos_token_ids, logits.device))
-    drawn = [row for row, each in enumerate(params) if not each.greedy]
-    if drawn:
-        key = keys([seeds[row] for row in drawn], [len(outputs[row]) for row in drawn], logits.device)
-        chosen[drawn] = draw(processed[drawn].softmax(-1), key)
-    return [_report(logits[row], token, params[row].logprobs) for row, token in enumerate(chosen.tolist())]
+    context = _context(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
+    result: list[Sampled | None] = [None] * len(params)
+    for piece in process(logits.float(), context):
+        chosen = _draw(piece)
+        broken = set(_broken(piece))
+        for place, (row, token) in enumerate(zip(piece.rows, chosen, strict=True)):
+            if row not in broken:
+                trace = tuple(piece.traces[place]) if piece.traces else ()
+                result[row] = _report(logits[row], token, params[row].logprobs, trace)
+    return result
 
 
-def _checked(logits: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-    """Processed logits [B, V] and the best token of each row [B], or the errors of `distribution`."""
-    columns = (context.params, context.prompts, context.outputs)
+def _draw(piece: Piece) -> list[int]:
+    """The token of each row."""
+    context = piece.context
+    if piece.greedy:
+        best = piece.best()
+        return (best if piece.ids is None else piece.ids.gather(-1, best))[:, 0].tolist()
+    key = keys(context.seeds, context.lengths, piece.logits.device)
+    tokens: list[int] = draw(piece.probs(), key, piece.ids).tolist()
+    if piece.open is not None:
+        logprobs = piece.open.log_softmax(-1)
+        at = torch.tensor(tokens, device=logprobs.device)[:, None]
+        if piece.ids is not None:
+            at = (piece.ids == at).int().argmax(-1, keepdim=True)
+        fed = zip(context.histories, context.lengths, logprobs.gather(-1, at)[:, 0].tolist(), strict=True)
+        for history, length, logprob in fed:
+            history.observe(length, logprob)
+    return tokens
+
+
+def _broken(piece: Piece) -> list[int]:
+    bad = ~piece.logits.amax(-1).isfinite()
+    return [piece.rows[row] for row in bad.nonzero()[:, 0].tolist()]
+
+
+def _context(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    outputs: Sequence[Sequence[int]],
+    eos_token_ids: Collection[int],
+    seeds: Sequence[int] | None,
+    histories: Sequence[History] | None,
+) -> Context:
+    """The context of a batch, its histories brought up to the outputs, or the errors of `distribution`."""
+    columns = (params, prompts, outputs)
     if any(len(column) != len(logits) for column in columns):
         counts = "{} params, {} prompts and {} outputs".format(*map(len, columns))
         raise ValueError(f"{len(logits)} rows of logits, but {counts}: one of each per row is needed")
-    for each in context.params:
+    for each in params:
         each.check_vocab(logits.shape[-1])
-    processed = process(logits.float(), context)
-    value, best = processed.max(-1)
-    broken = (~value.isfinite()).nonzero()[:, 0].tolist()
-    if broken:
-        raise ValueError(f"rows {broken} have no finite logit to sample from: NaN from the model, or all tokens banned")
-    return processed, best
+    if histories is None:
+        if any(each.bad_words for each in params):
+            raise ValueError("bad_words are text: give histories whose Words hold their tokens (serve/words.py)")
+        histories = [History(each, prompt) for each, prompt in zip(params, prompts, strict=True)]
+    return Context(
+        params=params,
+        histories=[history.follow(output) for history, output in zip(histories, outputs, strict=True)],
+        lengths=[len(output) for output in outputs],
+        seeds=[each.seed or 0 for each in params] if seeds is None else seeds,
+        eos_token_ids=eos_token_ids,
+        vocab_size=logits.shape[-1],
+        device=logits.device,
+    )
 
 
-def _report(logits: Tensor, token: int, wanted: int | None) -> Sampled:
+def _report(logits: Tensor, token: int, wanted: int | None, trace: tuple[StepTrace, ...]) -> Sampled:
     """`token` with its log-probability under logits [V] and the `wanted` best ones."""
     if wanted is None:
-        return Sampled(token, None, ())
+        return Sampled(token, None, (), trace)
     logprobs = logits.float().log_softmax(-1)
     wanted = min(wanted, len(logprobs))
     if wanted == 0:
-        return Sampled(token, float(logprobs[token]), ())
+        return Sampled(token, float(logprobs[token]), (), trace)
     # All that tie with the last of the best, so that equal values are listed by id on every device.
     ids = (logprobs >= logprobs.topk(wanted).values[-1]).nonzero()[:, 0]
     ranked = sorted(zip(logprobs[ids].tolist(), ids.tolist(), strict=True), key=lambda each: (-each[0], each[1]))
-    return Sampled(token, float(logprobs[token]), tuple((i, value) for value, i in ranked[:wanted]))
+    return Sampled(token, float(logprobs[token]), tuple((i, value) for value, i in ranked[:wanted]), trace)

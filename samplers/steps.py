@@ -1,21 +1,15 @@
-"""The samplers: each one pure function from logits [B, V] to logits [B, V], its definition and source in its docstring.
+"""Steps that move logits: biases, bans, penalties, temperature, smoothing. Those that remove tokens: truncation.py.
 
-A parameter is a tensor [B, 1] with one value per row; a row with the neutral value comes back bit for bit. Removing a
-token means -inf. Sparse inputs name logits by `at = (rows[N], tokens[N])`. Nothing here knows SamplingParams or the
-other steps: which of them run, for which rows and in which order is up to pipeline.py.
-
-Ties are kept by value, never cut by position (top_k, min_p), so that the result does not depend on the order of a sort;
-top_p, whose definition needs an order, breaks ties by the lower token id.
+Each is one pure function from logits [B, V] to logits [B, V], its definition and source in its docstring. A parameter
+is a tensor [B, 1] with one value per row; a row with the neutral value comes back bit for bit. Removing a token means
+-inf. Sparse inputs name logits by `at = (rows[N], tokens[N])`. Nothing here knows SamplingParams or the other steps:
+which of them run, for which rows and in which order is up to pipeline.py.
 """
 
 import torch
 from torch import Tensor
 
 At = tuple[Tensor, Tensor]
-
-# top_p looks at this many best tokens and sorts a row only if its set is larger: 1 ms against 23 ms for a row of 128 k
-# logits on one core.
-HEAD = 1024
 
 
 def logit_bias(logits: Tensor, at: At, bias: Tensor) -> Tensor:
@@ -24,27 +18,52 @@ def logit_bias(logits: Tensor, at: At, bias: Tensor) -> Tensor:
 
 
 def ban(logits: Tensor, at: At) -> Tensor:
-    """Remove the tokens at `at`: end-of-sequence and stop tokens before `min_tokens`, as in vLLM."""
+    """Remove the tokens at `at`."""
     return logits.index_put(at, logits.new_tensor(-torch.inf))
 
 
-def repetition_penalty(logits: Tensor, penalty: Tensor, at: At) -> Tensor:
-    """l -> l / penalty if l > 0 else l * penalty, once for each token at `at` (of prompt and output).
+def allow(logits: Tensor, at: At, free: Tensor) -> Tensor:
+    """Remove every token but those at `at`, in rows that are not `free` (bool [B, 1])."""
+    return torch.where(free, logits, torch.full_like(logits, -torch.inf).index_put(at, logits[at]))
+
+
+def repetition_penalty(logits: Tensor, at: At, factor: Tensor, weight: Tensor) -> Tensor:
+    """l -> l / factor if l > 0 else l * factor for the tokens at `at` (of prompt and output), weight[N] of the way.
 
     CTRL (https://arxiv.org/abs/1909.05858, section 4.1), with the rule for negative logits of its implementation: the
-    paper's plain division would make unlikely tokens likelier. Pairs may repeat: each is computed from the input.
+    paper's plain division would make unlikely tokens likelier. A weight below 1 stands for a token further back than
+    the range, where the penalty fades: (1 - w) l + w l' (ExLlamaV3).
     """
-    seen, factor = logits[at], penalty[at[0], 0]
-    return logits.index_put(at, torch.where(seen > 0, seen / factor, seen * factor))
+    seen = logits[at]
+    moved = torch.where(seen > 0, seen / factor, seen * factor)
+    # A whole weight takes no sum: neutral rows keep their bits, and -inf - -inf is no number.
+    faded = torch.where((weight == 1) | (seen == -torch.inf), moved, seen + (moved - seen) * weight)
+    return logits.index_put(at, faded)
 
 
-def presence_frequency_penalty(logits: Tensor, presence: Tensor, frequency: Tensor, at: At, counts: Tensor) -> Tensor:
-    """l -> l - counts * frequency - presence for the tokens at `at`, no pair twice, counts[N] >= 1 times in the output.
+def presence_frequency_penalty(
+    logits: Tensor, presence: Tensor, frequency: Tensor, at: At, counts: Tensor, present: Tensor
+) -> Tensor:
+    """l -> l - counts * frequency - present * presence for the tokens at `at`, no pair twice.
 
+    counts[N]: how often the token is in the output; present[N]: 1. Both are less where the penalty fades with distance.
     OpenAI API reference, `frequency_penalty`; the prompt does not count, as there and in vLLM.
     """
     rows = at[0]
-    return logits.index_put(at, logits[at] - counts * frequency[rows, 0] - presence[rows, 0])
+    return logits.index_put(at, logits[at] - counts * frequency[rows, 0] - present * presence[rows, 0])
+
+
+def dry(logits: Tensor, at: At, length: Tensor, multiplier: Tensor, base: Tensor, allowed: Tensor) -> Tensor:
+    """l -> l - multiplier * base^(length - allowed) for the tokens at `at`, which would prolong a repetition.
+
+    length[N] >= allowed: how many tokens at the end of the text, the last one included, stand before an earlier
+    occurrence of the token too. DRY by its author (https://github.com/oobabooga/text-generation-webui/pull/5677). The
+    exponent stops short of float32's end, as in llama.cpp: -inf would leave a text that can only repeat without tokens.
+    """
+    rows = at[0]
+    exponent = length - allowed[rows, 0]
+    most = 80.0 / base[rows, 0].clamp(min=1.000001).log()
+    return logits.index_put(at, logits[at] - multiplier[rows, 0] * base[rows, 0] ** exponent.minimum(most))
 
 
 def temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -52,47 +71,38 @@ def temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return logits / temperature
 
 
-def min_p(logits: Tensor, fraction: Tensor) -> Tensor:
-    """Keep tokens with p >= fraction * max p, compared as l >= max l + ln fraction (https://arxiv.org/abs/2407.01082)."""
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + fraction.log(), -torch.inf)
+def dynamic_temperature(logits: Tensor, low: Tensor, high: Tensor, exponent: Tensor) -> Tensor:
+    """l -> l / T, T = low + (high - low) * (H / ln n)^exponent, H the entropy of the n tokens that are left.
 
-
-def top_k(logits: Tensor, k: Tensor) -> Tensor:
-    """Keep the k largest logits and those equal to the k-th; k int64, 0 keeps all (https://arxiv.org/abs/1805.04833)."""
-    k = torch.where((k == 0) | (k > logits.shape[-1]), logits.shape[-1], k)
-    largest = logits.topk(int(k.max()), dim=-1).values
-    return logits.masked_fill(logits < largest.gather(-1, k - 1), -torch.inf)
-
-
-def top_p(logits: Tensor, mass: Tensor) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least `mass`; 1 keeps all.
-
-    Nucleus sampling (https://arxiv.org/abs/1904.09751): a token stays while those before it hold less than `mass`, so
-    the one that crosses it stays, and the most likely one always does.
+    Kalomaze's entropy sampling (https://github.com/ggml-org/llama.cpp/pull/4972). A single token keeps its logit.
     """
-    probs = logits.softmax(-1)
-    index = _best(logits, min(HEAD, logits.shape[-1]))
-    inside = _inside(probs.gather(-1, index), mass)
-    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, inside)
-    # Rows whose set may reach beyond the head: the last token kept ties with the last of the head.
-    ranked = logits.gather(-1, index)
-    beyond = ranked.gather(-1, inside.sum(-1, keepdim=True) - 1) <= ranked[:, -1:]
-    rows = beyond.nonzero()[:, 0]
-    if logits.shape[-1] > HEAD and len(rows):
-        index = logits[rows].sort(dim=-1, descending=True, stable=True).indices
-        kept[rows] = torch.zeros_like(kept[rows]).scatter(-1, index, _inside(probs[rows].gather(-1, index), mass[rows]))
-    return logits.masked_fill(~kept, -torch.inf)
+    share = entropy(logits) / logits.isfinite().sum(-1, keepdim=True).float().log()
+    share = torch.where(share.isfinite(), share, 0.0).clamp(0, 1)
+    return logits / (low + (high - low) * share**exponent).clamp(min=1e-5)
 
 
-def _inside(probs: Tensor, mass: Tensor) -> Tensor:
-    """Whether each token of rows sorted by falling probability belongs to the smallest set that holds `mass`."""
-    inside = probs.cumsum(-1) - probs < mass
-    inside[:, 0] = True
-    # The sum reaches 1.0 early when the rest is below float32's precision.
-    return inside | (mass >= 1)
+def smoothing(logits: Tensor, factor: Tensor, curve: Tensor) -> Tensor:
+    """Quadratic and cubic smoothing: l -> max - k d^2 + s d^3, d = l - max, k = f (3 - c) / 2, s = f (c - 1) / 2.
+
+    Kalomaze; the curve c is the cubic extension of text-generation-webui (PR 5551), 1 leaves the parabola. Factor 0 is
+    neutral.
+    """
+    best = logits.amax(-1, keepdim=True)
+    d = logits - best
+    moved = best + d * d * (factor * (curve - 1) / 2 * d - factor * (3 - curve) / 2)
+    return torch.where((factor == 0) | (d == -torch.inf), logits, moved)
 
 
-def _best(logits: Tensor, count: int) -> Tensor:
-    """int64 [B, count]: the tokens with the largest logits, best first, lower id first among equals."""
-    index = logits.topk(count, dim=-1).indices.sort(-1).values
-    return index.gather(-1, logits.gather(-1, index).sort(dim=-1, descending=True, stable=True).indices)
+def entropy(logits: Tensor) -> Tensor:
+    """float32 [B, 1]: -sum p ln p in nats."""
+    logprobs = logits.log_softmax(-1)
+    return -total(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min))
+
+
+def total(values: Tensor) -> Tensor:
+    """[B, 1]: the sum of each row, the same whatever stands in the other rows.
+
+    torch splits the sum of a single row among threads and that of several by row, so their last bits differ; a running
+    sum has one order (and is kept in float64 on the CPU).
+    """
+    return values.cumsum(-1)[:, -1:]
