@@ -91,7 +91,8 @@ class Penalised:
         ids, distance = self._window()
         tokens, inverse = ids.unique(return_inverse=True)
         nearest = torch.full_like(tokens, len(self._text.values)).scatter_reduce(0, inverse, distance, "amin")
-        half = (len(self._text.values) if self._range < 0 else self._range) / 2
+        reach = len(self._text.values)
+        half = (reach if self._range < 0 else min(reach, self._range)) / 2
         return tokens, torch.where(nearest < half, 1.0, self._slope), self._weight(nearest)
 
     def counted(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,9 +224,14 @@ class History:
         limited = params.thinking_token_budget is not None and all(self.words.thinking)
         self.thought = Thought(params.thinking_token_budget or 0, *self.words.thinking) if limited else None
         self._output: list[int] = []
-        for index in (self.ngrams, self.repeats, self.thought):
-            for token in self.prompt if index else ():
+        self._indices: list[Ngrams | Repeats | Thought | Penalised] = [
+            index for index in (self.ngrams, self.repeats, self.thought) if index
+        ]
+        for index in self._indices:
+            for token in self.prompt:
                 index.append(token)
+        # It has taken in the prompt already.
+        self._indices += [self.penalised] if self.penalised else []
 
     def follow(self, output: Sequence[int]) -> "History":
         """Take in the tokens of `output` that are new; from the start again if it is not a continuation."""
@@ -234,8 +240,8 @@ class History:
             self._reset()
             known = 0
         new = list(output[known:])
-        for index in (self.penalised, self.ngrams, self.repeats, self.thought):
-            for token in new if index else ():
+        for index in self._indices:
+            for token in new:
                 index.append(token)
         self._output += new
         return self

@@ -98,7 +98,7 @@ def process(logits: Tensor, context: Context) -> list[Piece]:
             history.plan = plan(params)
         groups.setdefault((history.plan, params.greedy, params.sampler_trace), []).append(row)
     most = max(1, _CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    pieces = []
+    pieces: list[Piece] = []
     for rows in groups.values():
         for start in range(0, len(rows), most):
             pieces += _run(logits, context, rows[start : start + most])
@@ -106,17 +106,17 @@ def process(logits: Tensor, context: Context) -> list[Piece]:
 
 
 def _run(logits: Tensor, context: Context, rows: list[int]) -> Iterator[Piece]:
-    """The rows, which take the same steps, after them; in two pieces where truncation left some of them few tokens."""
+    """The rows, which take the same steps, after them; in pieces by when truncation left them few tokens."""
     some = context.take(rows)
     steps = some.histories[0].plan or ()
     whole = rows == list(range(rows[0], rows[0] + len(rows)))
-    traces = tuple([] for _ in rows) if some.params[0].sampler_trace else ()
+    traces: tuple[list[StepTrace], ...] = tuple([] for _ in rows) if some.params[0].sampler_trace else ()
     taken = logits[rows[0] : rows[0] + len(rows)] if whole else logits[torch.tensor(rows, device=logits.device)]
     pieces = [Piece(rows, some, taken, traces=traces)]
     for at, step in enumerate(steps):
         pieces = [_step(piece, step) for piece in pieces]
-        if step.truncates and len(pieces) == 1 and not any(later.sparse for later in steps[at:]):
-            pieces = _shrink(pieces[0])
+        if step.truncates and not any(later.sparse for later in steps[at:]):
+            pieces = [part for piece in pieces for part in _shrink(piece)]
     yield from pieces
 
 
@@ -131,7 +131,7 @@ def _step(piece: Piece, step: Step) -> Piece:
 def _shrink(piece: Piece) -> list[Piece]:
     """Rows with few tokens left on those alone, the others as they are.
 
-    How narrow a row becomes depends on that row only: sums over another width would round differently.
+    When and how much a row narrows depends on that row only: sums over another width would round differently.
     """
     if piece.logits.shape[-1] <= HEAD:
         return [piece]

@@ -1,8 +1,8 @@
 """Steps that remove tokens by their probability, and XTC and skew, which work on the ranking.
 
 Each is one pure function from logits [B, V] to logits [B, V] with -inf for what it removes; parameters are [B, 1]. The
-most likely token always stays, except for XTC, whose purpose is to remove it. Tokens already at -inf have probability
-0. Ties are kept by value, never cut by position (top_k, min_p, top_a, cutoffs), so that the result does not depend on
+most likely token always stays, except for XTC, whose purpose is to remove it, and typical_p, which begins with the most
+typical one. Tokens already at -inf have probability 0. Ties are kept by value, never cut by position (top_k, min_p, top_a, cutoffs), so that the result does not depend on
 the order of a sort; those whose definition needs an order (top_p, typical_p, tfs, xtc, skew) rank the lower token id
 first among equals.
 """
@@ -150,8 +150,10 @@ def skew(logits: Tensor, skew: Tensor) -> Tensor:
 
 def _inside(probs: Tensor, mass: Tensor) -> Tensor:
     """Whether each token of rows in order of preference belongs to the smallest set that holds `mass`."""
-    inside = probs.cumsum(-1) - probs < mass
-    inside[:, 0] = True
+    # What stands before a token, as the sum up to its predecessor: the difference from its own sum would round up and
+    # down, and leave gaps in the set.
+    inside = torch.ones_like(probs, dtype=torch.bool)
+    inside[:, 1:] = probs.cumsum(-1)[:, :-1] < mass
     # The sum reaches 1.0 early when the rest is below float32's precision.
     return inside | (mass >= 1)
 
@@ -179,7 +181,8 @@ def _candidates(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return logits, torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
     folded = logits[:, : width * _FOLD].reshape(len(logits), _FOLD, width).amax(1)
     bound = folded.topk(count, dim=-1).values[:, -1:]
-    return compact(logits, logits >= bound)
+    # Not `>=`: a row of NaN from the model keeps all its logits, to be reported as broken.
+    return compact(logits, ~(logits < bound))
 
 
 def compact(logits: Tensor, mask: Tensor, width: int = 0) -> tuple[Tensor, Tensor]:
