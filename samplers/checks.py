@@ -28,16 +28,38 @@ def _text_list(value: Any) -> Any:
     return _as_tuple(value)
 
 
-def _int_keys(value: Any) -> Any:
+def _breakers(value: Any) -> Any:
+    """As `_text_list`; text-generation-webui and TabbyAPI take the items of a JSON list without its brackets too."""
+    if isinstance(value, str) and value.lstrip().startswith('"'):
+        try:
+            return tuple(json.loads(f"[{value}]"))
+        except ValueError:
+            return (value,)
+    return _text_list(value)
+
+
+def _id_list(value: Any) -> Any:
+    """A list, or ids with commas between them, as text-generation-webui and TabbyAPI take them."""
+    if isinstance(value, str):
+        ids = [each.strip() for each in value.split(",") if each.strip()]
+        value = [int(each) if each.isdecimal() else each for each in ids]
+    return _as_tuple(value)
+
+
+def _bias(value: Any) -> Any:
+    """Ids as numbers; llama.cpp also takes a list of pairs."""
+    if isinstance(value, list) and all(isinstance(each, list) and len(each) == 2 for each in value):
+        value = {token if isinstance(token, int | str) else repr(token): bias for token, bias in value}
     if not isinstance(value, dict):
         return value
-    return {int(key) if isinstance(key, str) and key.strip().isdecimal() else key: bias for key, bias in value.items()}
+    value = {int(key) if isinstance(key, str) and key.strip().isdecimal() else key: bias for key, bias in value.items()}
+    return value or None
 
 
 def _order(value: Any) -> Any:
-    """Names of steps from names, aliases and Kobold's ids; a text holds several, as llama.cpp takes them."""
+    """Names of steps from names, aliases and Kobold's ids; a text holds several, with ; or , or lines between."""
     if isinstance(value, str):
-        value = [name for name in value.replace(",", ";").split(";") if name.strip()]
+        value = [name for name in value.replace(",", ";").replace("\n", ";").split(";") if name.strip()]
     if not isinstance(value, list | tuple):
         return value
     return tuple(dict.fromkeys(step for each in value for step in step_names(each)))
@@ -51,6 +73,8 @@ SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "top_k": lambda value: 0 if value == -1 else value,
     "nsigma": lambda value: 0.0 if value == -1 else value,
     "dry_range": lambda value: 0 if value == -1 else value,
+    "adaptive_target": lambda value: -1.0 if isinstance(value, int | float) and -1 <= value < 0 else value,
+    "mirostat_mode": lambda value: 0 if value is False else value,
     "seed": _none_if(-1),
     "max_tokens": _none_if(-1),
     "thinking_token_budget": _none_if(-1),
@@ -59,13 +83,13 @@ SPELLINGS: dict[str, Callable[[Any], Any]] = {
     "negative_prompt": lambda value: value or "",
     "stop": _as_tuple,
     "stop_token_ids": _as_tuple,
-    "allowed_token_ids": _as_tuple,
-    "banned_tokens": _as_tuple,
+    "allowed_token_ids": _id_list,
+    "banned_tokens": _id_list,
     "bad_words": _text_list,
     "banned_strings": _text_list,
-    "dry_sequence_breakers": _text_list,
+    "dry_sequence_breakers": _breakers,
     "sampler_priority": _order,
-    "logit_bias": lambda value: _int_keys(value) or None if isinstance(value, dict) else value,
+    "logit_bias": _bias,
 }
 
 

@@ -53,6 +53,7 @@ ALIASES: dict[str, str] = {
     "dynatemp_high": "dynatemp_max",
     "temp_exponent": "dynatemp_exponent",
     "dry_penalty_last_n": "dry_range",
+    "allowed_tokens": "allowed_token_ids",
     "custom_token_bans": "banned_tokens",
     "banned_phrases": "banned_strings",
     "cfg_scale": "guidance_scale",
@@ -64,6 +65,7 @@ ALIASES: dict[str, str] = {
 # name: its neutral values. None and empty strings, lists and objects are neutral for all of them.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (True,),
+    "auto_max_new_tokens": (False,),
     "best_of": (1,),
     "do_sample": (True,),
     "early_stopping": (False,),
@@ -89,23 +91,30 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
+# Of text-generation-webui and TabbyAPI, where dynamic temperature is off by limits of 1 and 1.
+_LIMITS = frozenset({"min_temp", "max_temp", "dynatemp_low", "dynatemp_high"})
 
 IGNORED = frozenset(
     {
         # Bookkeeping.
         "cache_prompt",
+        "generate_window",
         "id_slot",
         "metadata",
+        "max_tokens_second",
         "parallel_tool_calls",
         "priority",
         "prompt_cache_key",
+        "prompt_lookup_num_tokens",
         "request_id",
         "return_progress",
         "safety_identifier",
         "service_tier",
         "slot_id",
+        "speculative_ngram",
         "store",
         "timings_per_token",
+        "truncation_length",
         "user",
         # Bounds on a scan that ours does not need, and on a cut that always leaves one token.
         "dry_early_exit_match_len",
@@ -196,12 +205,19 @@ def translate(request: Mapping[str, Any], neutral: Mapping[str, Any]) -> dict[st
 
 
 def _dynamic_temperature(request: dict[str, Any]) -> dict[str, Any]:
-    """dynatemp_range (temperature +- range: llama.cpp, Kobold) and the switch `dynamic_temperature` as min and max."""
+    """dynatemp_range (temperature +- range: llama.cpp, Kobold) and the switch `dynamic_temperature` as min and max.
+
+    Limits, where a client sends them, win over the range: SillyTavern sends both. Two that are equal under the names of
+    _LIMITS stand for off.
+    """
     spread = request.pop("dynatemp_range", 0)
-    switch = request.pop("dynamic_temperature", True)
-    if not switch:
-        return {name: value for name, value in request.items() if not ALIASES.get(name, name).startswith("dynatemp_")}
-    if not spread:
+    switch = request.pop("dynamic_temperature", None)
+    limits = [name for name in request if ALIASES.get(name, name) in ("dynatemp_min", "dynatemp_max")]
+    equal = len(limits) > 1 and all(request[name] == request[limits[0]] for name in limits)
+    if switch is False or (switch is None and equal and _LIMITS.issuperset(limits)):
+        request = {name: value for name, value in request.items() if name not in limits}
+        limits = []
+    if limits or not spread or switch is False:
         return request
     middle = request.get("temperature", request.get("temp", 1.0))
     if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in (spread, middle)):

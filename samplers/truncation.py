@@ -1,10 +1,10 @@
 """Steps that remove tokens by their probability, and XTC and skew, which work on the ranking.
 
 Each is one pure function from logits [B, V] to logits [B, V] with -inf for what it removes; parameters are [B, 1]. The
-most likely token always stays, except for XTC, whose purpose is to remove it, and typical_p, which begins with the most
-typical one. Tokens already at -inf have probability 0. Ties are kept by value, never cut by position (top_k, min_p, top_a, cutoffs), so that the result does not depend on
-the order of a sort; those whose definition needs an order (top_p, typical_p, tfs, xtc, skew) rank the lower token id
-first among equals.
+most likely token always stays, except for XTC, whose purpose is to remove it, and typical_p, which begins with the
+most typical one. Tokens already at -inf have probability 0. Ties are kept by value, never cut by position (top_k,
+min_p, top_a, cutoffs), so that the result does not depend on the order of a sort; those whose definition needs an
+order (top_p, typical_p, tfs, xtc, skew) rank the lower token id first among equals.
 """
 
 import torch
