@@ -36,8 +36,9 @@ def repetition_penalty(logits: Tensor, at: At, factor: Tensor, weight: Tensor) -
     """
     seen = logits[at]
     moved = torch.where(seen > 0, seen / factor, seen * factor)
-    # A whole weight takes no sum: neutral rows keep their bits, and -inf - -inf is no number.
-    faded = torch.where((weight == 1) | (seen == -torch.inf), moved, seen + (moved - seen) * weight)
+    # Only what fades takes a sum: whole and neutral penalties keep their bits, and -inf - -inf is no number.
+    whole = (weight == 1) | (factor == 1) | (seen == -torch.inf)
+    faded = torch.where(whole, moved, seen + (moved - seen) * weight)
     return logits.index_put(at, faded)
 
 
