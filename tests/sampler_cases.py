@@ -70,6 +70,11 @@ MIXED: tuple[dict[str, Any], ...] = (
 )
 
 
+def words_of(params: SamplingParams, vocab: int) -> Words:
+    protected = WORDS.protected if vocab > max(WORDS.protected) else ()
+    return replace(WORDS, protected=protected, bad_words=WORDS.bad_words if params.bad_words else ())
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows with their texts."""
@@ -78,10 +83,11 @@ class Batch:
     params: list[SamplingParams]
     prompts: list[list[int]]
     outputs: list[list[int]]
+    eos: tuple[int, ...] = EOS
 
     def take(self, rows: Sequence[int]) -> "Batch":
         columns = ([column[row] for row in rows] for column in (self.params, self.prompts, self.outputs))
-        return Batch(self.logits[list(rows)], *columns)
+        return Batch(self.logits[list(rows)], *columns, self.eos)
 
     @property
     def seeds(self) -> list[int]:
@@ -89,20 +95,21 @@ class Batch:
         return [sum(prompt) * 1000 + sum(output) for prompt, output in zip(self.prompts, self.outputs, strict=True)]
 
     def histories(self) -> list[History]:
-        return [History(*each, WORDS) for each in zip(self.params, self.prompts, strict=True)]
+        rows = zip(self.params, self.prompts, strict=True)
+        return [History(params, prompt, words_of(params, self.logits.shape[-1])) for params, prompt in rows]
 
     def distribution(self) -> Tensor:
-        return pipeline.distribution(*self.columns(), EOS, self.seeds, self.histories())
+        return pipeline.distribution(*self.columns(), self.eos, self.seeds, self.histories())
 
     def sample(self) -> list[pipeline.Sampled | None]:
-        return pipeline.sample(*self.columns(), self.seeds, EOS, self.histories())
+        return pipeline.sample(*self.columns(), self.seeds, self.eos, self.histories())
 
     def columns(self) -> tuple[Tensor, list[SamplingParams], list[list[int]], list[list[int]]]:
         return self.logits, self.params, self.prompts, self.outputs
 
     def processed(self) -> Tensor:
         """Our logits [B, V] after every step."""
-        context = pipeline._context(*self.columns(), EOS, self.seeds, self.histories())
+        context = pipeline._context(*self.columns(), self.eos, self.seeds, self.histories())
         after = torch.full_like(self.logits, -torch.inf)
         for piece in pipeline.process(self.logits, context):
             for place, row in enumerate(piece.rows):
@@ -116,11 +123,11 @@ class Batch:
 
     def row(self, row: int, **more: Any) -> sampler_reference.Row:
         """For the reference."""
-        params, breakers = self.params[row], WORDS.breakers
-        words = WORDS.bad_words if params.bad_words else ()
+        params = self.params[row]
+        words = words_of(params, self.logits.shape[-1])
         text = [*self.prompts[row]], [*self.outputs[row]]
         logits = self.logits[row].double().numpy()
-        made = sampler_reference.Row(logits, params, *text, EOS, breakers, words, WORDS.protected)
+        made = sampler_reference.Row(logits, params, *text, self.eos, words.breakers, words.bad_words, words.protected)
         return replace(made, **more)
 
 

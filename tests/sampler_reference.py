@@ -337,7 +337,7 @@ REPLACED = ORDER[9:20]
 
 
 # Where temperature_last puts it: behind skew.
-LAST = tuple(name for name in ORDER[:20] if name != "temperature") + ("temperature", "mirostat", "adaptive_p")
+LAST = (*(name for name in ORDER[:20] if name != "temperature"), "temperature", "mirostat", "adaptive_p")
 
 
 def reference(row: Row, order: Sequence[str] = ()) -> Array:
