@@ -54,7 +54,18 @@ class Growing:
         return self._buffer[: self._count]
 
 
-class Penalised:
+class Index:
+    """Takes in a text token by token."""
+
+    def append(self, token: int) -> None:
+        raise NotImplementedError
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            self.append(token)
+
+
+class Penalised(Index):
     """Which tokens repetition, presence and frequency penalties concern, and how much.
 
     repetition_penalty_range tokens back they act in full (-1: the whole text), then fade over repetition_decay tokens.
@@ -120,7 +131,7 @@ class Penalised:
         return ((self._range + self._decay - distance) / self._decay).clamp(0, 1)
 
 
-class Ngrams:
+class Ngrams(Index):
     """What followed each n-gram of the text."""
 
     def __init__(self, size: int) -> None:
@@ -138,7 +149,7 @@ class Ngrams:
         return self._followers.get(self._tail, {}) if len(self._tail) == self._context else ()
 
 
-class Repeats:
+class Repeats(Index):
     """DRY's longest repetitions that end where the text ends.
 
     For every earlier position whose token is the last one, how many tokens up to there equal the last ones of the
@@ -160,8 +171,28 @@ class Repeats:
         self._matches = {at: self._matches.get(at - 1, 0) + 1 for at in earlier[first:]}
         earlier.append(len(self._text))
         self._text.append(token)
-        if token in self._single or any(tuple(self._text[-len(each) :]) == each for each in self._longer):
+        if self._breaks(len(self._text)):
             self._matches = {}
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """A whole text in time proportional to its length, where appending visits each pair of equal tokens."""
+        if len(tokens) < 2:
+            return super().extend(tokens)
+        for place, token in enumerate(tokens, len(self._text)):
+            self._positions[token].append(place)
+        self._text += tokens
+        size = len(self._text)
+        limit = next((back for back in range(size) if self._breaks(size - back)), size)
+        start = size - self._range if self._range else 0
+        equal = enumerate(_equal_beginnings(self._text[::-1]))
+        matches = {size - 1 - back: min(length, limit) for back, length in equal if back and length and limit}
+        self._matches = {at: length for at, length in matches.items() if at >= start}
+
+    def _breaks(self, end: int) -> bool:
+        """Whether the text up to `end` ends with a breaker."""
+        if self._text[end - 1] in self._single:
+            return True
+        return any(tuple(self._text[max(0, end - len(each)) : end]) == each for each in self._longer)
 
     def lengths(self) -> dict[int, int]:
         """Token -> length of the longest repetition it would prolong, where that is dry_allowed_length or more."""
@@ -174,7 +205,22 @@ class Repeats:
         return found
 
 
-class Thought:
+def _equal_beginnings(text: Sequence[int]) -> list[int]:
+    """For each place how many tokens from there on equal those from the start on (the Z-algorithm, linear time)."""
+    size = len(text)
+    found = [size] + [0] * (size - 1)
+    left = right = 0
+    for place in range(1, size):
+        length = min(right - place, found[place - left]) if place < right else 0
+        while place + length < size and text[length] == text[place + length]:
+            length += 1
+        found[place] = length
+        if place + length > right:
+            left, right = place, place + length
+    return found
+
+
+class Thought(Index):
     """Whether the text is within a thought, and what has to be said to end it in time."""
 
     def __init__(self, budget: int, begin: Ids, end: Ids) -> None:
@@ -187,7 +233,10 @@ class Thought:
         if self._spent is None:
             self._spent = 0 if self._ends_with(self._begin) else None
         else:
-            self._spent = None if self._ends_with(self._end) else self._spent + 1
+            self._spent += 1
+            # The end of a thought shares no token with its beginning.
+            if self._spent >= len(self._end) and self._ends_with(self._end):
+                self._spent = None
 
     def forced(self) -> int | None:
         """The only token that may come now, once the budget is spent: the next of the end of a thought."""
@@ -224,12 +273,9 @@ class History:
         limited = params.thinking_token_budget is not None and all(self.words.thinking)
         self.thought = Thought(params.thinking_token_budget or 0, *self.words.thinking) if limited else None
         self._output: list[int] = []
-        self._indices: list[Ngrams | Repeats | Thought | Penalised] = [
-            index for index in (self.ngrams, self.repeats, self.thought) if index
-        ]
+        self._indices: list[Index] = [index for index in (self.ngrams, self.repeats, self.thought) if index]
         for index in self._indices:
-            for token in self.prompt:
-                index.append(token)
+            index.extend(self.prompt)
         # It has taken in the prompt already.
         self._indices += [self.penalised] if self.penalised else []
 
@@ -241,8 +287,7 @@ class History:
             known = 0
         new = list(output[known:])
         for index in self._indices:
-            for token in new:
-                index.append(token)
+            index.extend(new)
         self._output += new
         return self
 

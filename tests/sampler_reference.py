@@ -229,6 +229,7 @@ class Row:
     def tfs(self) -> None:
         if self.params.tfs == 1:
             return
+        self.sure &= np.float32(self.params.tfs) < 1
         order, keep = self.ranked(), np.ones(len(self.logits), bool)
         margin = np.full(len(keep), math.inf)
         curvature = np.abs(np.diff(self.probs[order], n=2)) if len(order) > 2 else np.zeros(0)

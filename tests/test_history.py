@@ -27,6 +27,9 @@ def test_dry_finds_what_a_scan_of_the_whole_text_finds(texts: Any, breakers: Any
     for length in range(len(output) + 1):
         repeats = history.follow(output[:length]).repeats
         assert repeats and repeats.lengths() == dry_lengths(prompt + output[:length], breakers, allowed, reach)
+    # And taken in at once.
+    whole = History(params, prompt, Words(breakers=breakers)).follow(output).repeats
+    assert whole and whole.lengths() == dry_lengths(prompt + output, breakers, allowed, reach)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,12 @@ def test_dry_of_a_text_that_only_repeats_stays_finite() -> None:
     probs = distribution(torch.zeros(1, 2), [params], [[1] * 5000], [[]])[0]
     assert probs.tolist() == [1.0, 0.0]
     assert distribution(torch.zeros(1, 1), [params], [[0] * 5000], [[]]).tolist() == [[1.0]]
+
+
+def test_dry_takes_in_a_long_prompt_in_linear_time() -> None:
+    """100 000 equal tokens hold 5 000 000 000 pairs."""
+    repeats = History(SamplingParams(dry_multiplier=1.0), [1] * 100_000 + [2, 1, 1]).repeats
+    assert repeats and repeats.lengths() == {1: 2, 2: 2}
 
 
 @settings(max_examples=100, deadline=None)
