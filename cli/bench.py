@@ -1,5 +1,5 @@
 """`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
-`bitsmith bench kernels` is in _bench_kernels.py.
+`bitsmith bench kernels` is in _bench_kernels.py, `bitsmith bench samplers` in _bench_samplers.py.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
 on random weights of its shape. Of a .gguf file, and of a SHAPE with --gguf-type, llama.cpp runs the very file that ours
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import _bench_kernels, _threads
+from . import _bench_kernels, _bench_samplers, _threads
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
@@ -25,14 +25,18 @@ _OURS = "bitsmith"
 def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("bench", help="speed, beside other engines")
-    parser.add_argument("kind", metavar="decode|kernels", help="what to measure: a model, or single products")
+    parser.add_argument("kind", metavar="decode|kernels|samplers", help="a model, single products, or samplers")
     parser.add_argument(
-        "path", metavar="PATH|SHAPE", nargs="?", help="decode: a model directory or .gguf file, or 1.1b, 8b, tiny"
+        "path",
+        metavar="PATH|SHAPE",
+        nargs="?",
+        help="decode: a model directory or .gguf file, or 1.1b, 8b, tiny; samplers: ROWSxVOCABULARY (64x131072)",
     )
     parser.add_argument(
         "--against",
         metavar="PEER,...",
-        help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao; or none "
+        help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao; "
+        "samplers: transformers, llama.cpp; or none "
         "(default: those that are installed)",
     )
     parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
@@ -55,13 +59,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record."""
-    if args.kind not in ("decode", "kernels"):
-        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels")
+    if args.kind not in ("decode", "kernels", "samplers"):
+        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels, samplers")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: accepted is 1 or more")
     threads = _threads.apply(args)
     if args.kind == "kernels":
         _bench_kernels.run(args)
+        return
+    if args.kind == "samplers":
+        _bench_samplers.run(args)
         return
     if args.path is None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")

@@ -178,6 +178,21 @@ def kernels_table(rows: Iterable[Result]) -> Table:
     return [["weight", "outputs x inputs", "on", *metrics], *cells]
 
 
+def samplers_table(rows: Iterable[Result]) -> Table:
+    """One line per sampler and batch: microseconds a row of ours, and the peers' time over it."""
+    lines: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in latest(rows):
+        where = ", ".join([row.processor, row.task.split("/")[2]])
+        lines.setdefault((row.metric, row.model, where), {})[_contender(row)] = row.value
+    peers = list(dict.fromkeys(name for found in lines.values() for name in found if name != "bitsmith"))
+    cells = []
+    for (metric, size, where), found in lines.items():
+        ours = found["bitsmith"]
+        others = [f"{found[peer]:.0f} ({found[peer] / ours:.1f}x)" if peer in found else "–" for peer in peers]
+        cells.append([metric, size, where, f"{ours:.0f}", *others])
+    return [["sampler", "rows x vocabulary", "on", "us a row", *peers], *cells]
+
+
 def _device(row: Result) -> str:
     """Processor, device type and threads a product was timed on."""
     return ", ".join([row.processor, *row.task.split("/")[2:]])
@@ -277,7 +292,12 @@ def table_for(name: str, rows: Sequence[Result]) -> str:
         return markdown(quality_table(next(iter(tasks.values()))))
     others = [row for row in rows if row.task.split("/")[0] == name]
     if others:
-        tables = {"bench": bench_table, "kernels": kernels_table, "support": support_table}
+        tables = {
+            "bench": bench_table,
+            "kernels": kernels_table,
+            "samplers": samplers_table,
+            "support": support_table,
+        }
         return markdown(tables.get(name, task_table)(others))
     return UNMEASURED
 

@@ -179,7 +179,7 @@ def distribution(
     UserError if a parameter names a token beyond V. ValueError if the columns differ in length, bad_words are asked for
     without a history, or a row has no finite logit left (NaN from the model, or everything banned).
     """
-    context = _context(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
+    context = context_of(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
     probs = torch.zeros_like(logits, dtype=torch.float32)
     broken: list[int] = []
     for piece in process(logits.float(), context):
@@ -211,7 +211,7 @@ def sample(
     len(outputs[i]) alone. Log-probabilities are those of `logits` as given, before any step (vLLM's `raw_logprobs`).
     Histories of rows with mirostat or adaptive-p are told what was drawn.
     """
-    context = _context(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
+    context = context_of(logits, params, prompts, outputs, eos_token_ids, seeds, histories)
     result: list[Sampled | None] = [None] * len(params)
     for piece in process(logits.float(), context):
         chosen = _draw(piece)
@@ -247,14 +247,14 @@ def _broken(piece: Piece) -> list[int]:
     return [piece.rows[row] for row in bad.nonzero()[:, 0].tolist()]
 
 
-def _context(
+def context_of(
     logits: Tensor,
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]],
     outputs: Sequence[Sequence[int]],
-    eos_token_ids: Collection[int],
-    seeds: Sequence[int] | None,
-    histories: Sequence[History] | None,
+    eos_token_ids: Collection[int] = (),
+    seeds: Sequence[int] | None = None,
+    histories: Sequence[History] | None = None,
 ) -> Context:
     """The context of a batch, its histories brought up to the outputs, or the errors of `distribution`."""
     columns = (params, prompts, outputs)
