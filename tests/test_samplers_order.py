@@ -66,7 +66,7 @@ ORDERS: dict[str, tuple[Any, tuple[str, ...]]] = {
         "top_p\ntemperature\nquadratic_sampling",
         ("top_p", "temperature", "smoothing"),
     ),
-    "aliases": (["Typical", "TOP-K", "dynatemp"], ("typical_p", "top_k", "temperature")),
+    "aliases": (["TOP-K", "Typical", "dynatemp"], ("top_k", "typical_p", "temperature")),
     "Kobold's ids": (
         [6, 0, 1, 3, 4, 2, 5],
         (
