@@ -45,6 +45,9 @@ def test_defaults_are_neutral_and_spellings_of_one_meaning_are_equal() -> None:
         ("temperature", -0.1, "temperature must be a number between 0 and 1000, not -0.1"),
         ("temperature", math.nan, "temperature must be a number between 0 and 1000, not nan"),
         ("temperature", 10**400, "temperature must be a number between 0 and 1000, not 1000"),
+        ("dry_range", 10**400, "dry_range must be an integer between 0 and 9007199254740992, not 1000"),
+        ("top_a", math.inf, "top_a must be a number between 0 and 9007199254740992, not inf"),
+        ("top_a", math.nan, "top_a must be a number of at least 0, not nan"),
         ("temperature", None, "temperature must be a number between 0 and 1000, not None"),
         ("top_k", 1.5, "top_k must be an integer between 0 and 2147483647, not 1.5"),
         ("top_k", True, "top_k must be an integer between 0 and 2147483647, not True"),
@@ -205,7 +208,7 @@ CHOSEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama.cpp": (
         {"temperature": 0.8, "dynatemp_range": 0.5, "typ_p": 0.9, "top_n_sigma": 1.5, "repeat_penalty": 1.1, "repeat_last_n": 64,
          "samplers": ["top_k", "min_p", "temperature"], "mirostat": 2, "dry_penalty_last_n": 128, "thinking_budget": 9},
-        {"temperature": 0.8, "dynatemp_min": 0.8 - 0.5, "dynatemp_max": 1.3, "nsigma": 1.5, "repetition_penalty": 1.1,
+        {"temperature": 0.8, "dynatemp_min": 0.8 - 0.5, "dynatemp_max": 1.3, "nsigma": 1.5, "repetition_penalty": 1.1, "typical_p": 0.9,
          "repetition_penalty_range": 64, "sampler_priority": ("top_k", "min_p", "temperature"), "mirostat_mode": 2,
          "dry_range": 128, "thinking_token_budget": 9},
     ),
@@ -238,8 +241,6 @@ CHOSEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("client", CHOSEN)
 def test_what_clients_choose_is_translated(client: str) -> None:
     request, wanted = CHOSEN[client]
-    # typ_p is the name of a sampler there, not of a parameter.
-    request = {name: value for name, value in request.items() if name != "typ_p"}
     assert SamplingParams.from_request(request) == SamplingParams(**wanted)
 
 
@@ -277,7 +278,7 @@ def test_names_that_never_change_the_text_are_ignored(name: str) -> None:
         ("repeat_penality", "repeat_penalty"),
         ("xtc_prob", "xtc_probability"),
         ("dry_multipler", "dry_multiplier"),
-        ("typ_p", "typical_p"),
+        ("typical_q", "typical_p"),
     ],
 )
 def test_unknown_names_suggest_the_nearest(name: str, near: str) -> None:
@@ -287,7 +288,9 @@ def test_unknown_names_suggest_the_nearest(name: str, near: str) -> None:
 
 
 def test_a_name_like_no_other_lists_the_parameters() -> None:
-    with pytest.raises(UserError, match="unknown parameter zzz: the sampling parameters are temperature, top_k, top_p"):
+    with pytest.raises(
+        UserError, match="unknown parameter zzz: the sampling parameters are temperature, temperature_last"
+    ):
         SamplingParams.from_request({"zzz": 1})
 
 
