@@ -1,7 +1,6 @@
 """What a sampling parameter accepts: spellings of one meaning made equal, then one error that says what is expected."""
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -9,6 +8,8 @@ from ..errors import UserError
 from .names import step_names
 
 _TOKEN_ID = "a token id (an integer of at least 0)"
+# Of numbers without a limit of their own: what int64 and float64 both hold.
+_LARGEST = 2**53
 _DETECTION = ("max_pattern_size", "min_pattern_size", "min_count")
 
 
@@ -112,11 +113,14 @@ def _check_number(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value is None and limits.get("optional"):
         return
     whole = limits["kind"] == "int"
-    low = -math.inf if limits["low"] is None else limits["low"]
-    high = math.inf if limits["high"] is None else limits["high"]
-    # A bool is an int to Python; to a caller, `top_k=True` is a mistake. NaN fails every comparison.
+    # A bool is an int to Python; to a caller, `top_k=True` is a mistake.
     good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (good and math.isfinite(value) and low <= value <= high and not (limits.get("above") and value == low)):
+    if good and limits["high"] is None and value > _LARGEST:
+        limits = {**limits, "high": _LARGEST}
+    low = -_LARGEST if limits["low"] is None else limits["low"]
+    high = _LARGEST if limits["high"] is None else limits["high"]
+    # NaN fails every comparison.
+    if not (good and low <= value <= high and not (limits.get("above") and value == low)):
         _refuse(name, value, _accepted("an integer" if whole else "a number", limits))
 
 

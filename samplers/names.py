@@ -43,6 +43,7 @@ ALIASES: dict[str, str] = {
     "custom_stopping_strings": "stop",
     "sampler_seed": "seed",
     "n_probs": "logprobs",
+    "typ_p": "typical_p",
     "typical": "typical_p",
     "tfs_z": "tfs",
     "top_n_sigma": "nsigma",

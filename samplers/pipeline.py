@@ -135,7 +135,8 @@ def _shrink(piece: Piece) -> list[Piece]:
     """
     if piece.logits.shape[-1] <= HEAD:
         return [piece]
-    alive = piece.logits > -torch.inf
+    # NaN is alive: it must reach the report of broken rows.
+    alive = piece.logits != -torch.inf
     # Two columns stay free: tail-free sampling looks at the two tokens after the last one.
     few = alive.sum(-1) <= HEAD - 2
     if not few.any():

@@ -237,10 +237,18 @@ def test_a_row_without_a_finite_logit_is_named(broken: float, vocab: int) -> Non
 
 
 def test_a_single_nan_breaks_its_row() -> None:
-    logits = torch.zeros(2, 100_000)
+    logits = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
     logits[1, 7] = math.nan
-    for params in (SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.1), SamplingParams(temperature=0)):
-        assert [bool(each) for each in sample(logits, [params] * 2, [[0]] * 2, [[]] * 2, [0, 0])] == [True, False]
+    for case in ({}, {"top_k": 3}, {"top_p": 0.1}, {"min_p": 0.5, "top_k": 9}, {"temperature": 0}):
+        params = [SamplingParams(**case)] * 2
+        assert [bool(each) for each in sample(logits, params, [[0]] * 2, [[]] * 2, [0, 0])] == [True, False], case
+
+
+def test_a_row_of_nan_alone_is_named() -> None:
+    logits = torch.full((1, 100_000), math.nan)
+    for case in ({"top_k": 3}, {"top_p": 0.5}, {"typical_p": 0.5}, {"tfs": 0.5}, {"mirostat_mode": 1}):
+        with pytest.raises(ValueError, match=r"rows \[0\] have no finite logit"):
+            distribution(logits, [SamplingParams(**case)], [[0]], [[]])
 
 
 def test_banning_everything_is_named() -> None:
