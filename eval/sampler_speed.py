@@ -139,9 +139,11 @@ def _transformers(name: str, batch: Batch) -> Run | None:
 def _llama_cpp(name: str, batch: Batch) -> Run | None:
     import llama_cpp as lib
 
+    vocabulary = batch.logits.shape[-1]
+
     def chain() -> list[Any]:
         return [
-            lib.llama_sampler_init_penalties(_HISTORY, 1.1, 0.0, 0.0),
+            lib.llama_sampler_init_penalties(vocabulary, _HISTORY, 1.1, 0.0, 0.0),
             lib.llama_sampler_init_temp(0.8),
             lib.llama_sampler_init_min_p(0.02, 1),
             lib.llama_sampler_init_top_k(100),
@@ -150,8 +152,8 @@ def _llama_cpp(name: str, batch: Batch) -> Run | None:
         ]
 
     made: dict[str, Callable[[], list[Any]]] = {
-        "repetition_penalty": lambda: [lib.llama_sampler_init_penalties(_HISTORY, 1.1, 0.0, 0.0)],
-        "presence_frequency_penalty": lambda: [lib.llama_sampler_init_penalties(_HISTORY, 1.0, 0.2, 0.5)],
+        "repetition_penalty": lambda: [lib.llama_sampler_init_penalties(vocabulary, _HISTORY, 1.1, 0.0, 0.0)],
+        "presence_frequency_penalty": lambda: [lib.llama_sampler_init_penalties(vocabulary, _HISTORY, 1.0, 0.2, 0.5)],
         "temperature": lambda: [lib.llama_sampler_init_temp(0.8)],
         "dynamic temperature": lambda: [lib.llama_sampler_init_temp_ext(1.0, 0.5, 1.0)],
         "top_n_sigma": lambda: [lib.llama_sampler_init_top_n_sigma(1.5)],
@@ -166,7 +168,6 @@ def _llama_cpp(name: str, batch: Batch) -> Run | None:
     if name not in made:
         return None
     samplers = [_chain(lib, made[name](), text) for text in batch.texts.tolist()]
-    vocabulary = batch.logits.shape[-1]
     fresh = torch.zeros(batch.rows, vocabulary, 3)
     fresh[..., 0] = torch.arange(vocabulary, dtype=torch.int32).view(torch.float32)
     fresh[..., 1] = batch.logits
