@@ -150,8 +150,8 @@ def skew(logits: Tensor, skew: Tensor) -> Tensor:
 
 def _inside(probs: Tensor, mass: Tensor) -> Tensor:
     """Whether each token of rows in order of preference belongs to the smallest set that holds `mass`."""
-    # What stands before a token, as the sum up to its predecessor: the difference from its own sum would round up and
-    # down, and leave gaps in the set.
+    # What stands before a token, as the sum up to its predecessor: the difference from its own sum may round below that
+    # of a less preferred token, and leave a gap.
     inside = torch.ones_like(probs, dtype=torch.bool)
     inside[:, 1:] = probs.cumsum(-1)[:, :-1] < mass
     # The sum reaches 1.0 early when the rest is below float32's precision.
