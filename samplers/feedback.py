@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .params import SamplingParams
-from .truncation import top_k
+from .truncation import cut, top_k
 
 # Probabilities whose ratios mirostat 1 fits Zipf's exponent to.
 _ZIPF = 101
@@ -51,8 +51,8 @@ def mirostat_v2(logits: Tensor, mu: Tensor) -> Tensor:
     https://arxiv.org/abs/2007.14966, as its authors' mirostat 2. What was drawn is fed back by its probability here,
     before the cut, as in their code (llama.cpp takes the one after it).
     """
-    surprise = logits.log_softmax(-1) / -math.log(2)
-    return logits.masked_fill((surprise > mu) & (surprise > surprise.amin(-1, keepdim=True)), -torch.inf)
+    logprobs = logits.log_softmax(-1)
+    return cut(logits, logprobs, logprobs.amax(-1, keepdim=True).minimum(-mu * math.log(2)))
 
 
 def mirostat_v1(logits: Tensor, mu: Tensor) -> Tensor:

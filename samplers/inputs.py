@@ -185,6 +185,8 @@ def _temperature(logits: Tensor, fixed: Tensor, low: Tensor, high: Tensor, expon
     dynamic = (low != 0) | (high != 0)
     if not dynamic.any():
         return steps.temperature(logits, fixed)
+    if dynamic.all():
+        return steps.dynamic_temperature(logits, low, high, exponent)
     return torch.where(
         dynamic, steps.dynamic_temperature(logits, low, high, exponent), steps.temperature(logits, fixed)
     )

@@ -26,7 +26,7 @@ from .history import History
 from .inputs import ORDER, Context, Step
 from .params import SamplingParams
 from .trace import StepTrace, compare
-from .truncation import HEAD, compact
+from .truncation import HEAD, alive, compact
 
 # Logits handled at once on a CPU: what its caches hold, and what the allocator keeps instead of mapping it anew.
 _CHUNK = 1 << 21
@@ -135,14 +135,12 @@ def _shrink(piece: Piece) -> list[Piece]:
     """
     if piece.logits.shape[-1] <= HEAD:
         return [piece]
-    # NaN is alive: it must reach the report of broken rows.
-    alive = piece.logits != -torch.inf
     # Two columns stay free: tail-free sampling looks at the two tokens after the last one.
-    few = alive.sum(-1) <= HEAD - 2
+    few = alive(piece.logits)[:, 0] <= HEAD - 2
     if not few.any():
         return [piece]
     if few.all():
-        narrow, ids = compact(piece.logits, alive, HEAD)
+        narrow, ids = compact(piece.logits, piece.logits != -torch.inf, HEAD)
         return [replace(piece, logits=narrow, ids=ids)]
     parts = []
     for mask in (few, ~few):

@@ -109,7 +109,7 @@ class Batch:
 
     def processed(self) -> Tensor:
         """Our logits [B, V] after every step."""
-        context = pipeline._context(*self.columns(), self.eos, self.seeds, self.histories())
+        context = pipeline.context_of(*self.columns(), self.eos, self.seeds, self.histories())
         after = torch.full_like(self.logits, -torch.inf)
         for piece in pipeline.process(self.logits, context):
             for place, row in enumerate(piece.rows):

@@ -72,7 +72,7 @@ def test_a_row_is_bit_identical_alone_in_company_and_after_permutation(seed: int
 def test_compaction_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = mixed(4, 3000, (*WIDE, *MIXED))
     narrow, probs = batch.processed(), batch.distribution()
-    context = pipeline._context(*batch.columns(), EOS, batch.seeds, batch.histories())
+    context = pipeline.context_of(*batch.columns(), EOS, batch.seeds, batch.histories())
     widths = {piece.logits.shape[-1] for piece in pipeline.process(batch.logits, context)}
     assert widths == {truncation.HEAD, 3000}
     monkeypatch.setattr(pipeline, "HEAD", 10**9)

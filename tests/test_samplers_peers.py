@@ -168,7 +168,7 @@ def test_dry_matches_llama_cpp(allowed: int, last_n: int, base: float) -> None:
 
 def dry_without_breakers(params: SamplingParams, text: list[int]) -> Tensor:
     history = History(params, text, Words())
-    context = pipeline._context(torch.zeros(1, 6), [params], [text], [[]], (), None, [history])
+    context = pipeline.context_of(torch.zeros(1, 6), [params], [text], [[]], (), None, [history])
     (step,) = pipeline.plan(params)
     assert isinstance(step, inputs.Step) and step.name == "dry"
     return step.apply(torch.zeros(1, 6), *step.inputs(context))[0]
