@@ -26,10 +26,10 @@ from .history import History
 from .inputs import ORDER, Context, Step
 from .params import SamplingParams
 from .trace import StepTrace, compare
-from .truncation import HEAD, alive, compact
+from .truncation import HEAD, LARGEST, above, alive
 
 # Logits handled at once on a CPU: what its caches hold, and what the allocator keeps instead of mapping it anew.
-_CHUNK = 1 << 21
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _shrink(piece: Piece) -> list[Piece]:
     if not few.any():
         return [piece]
     if few.all():
-        narrow, ids = compact(piece.logits, piece.logits != -torch.inf, HEAD)
+        narrow, ids = above(piece.logits, piece.logits.new_full((1, 1), -LARGEST), HEAD)
         return [replace(piece, logits=narrow, ids=ids)]
     parts = []
     for mask in (few, ~few):

@@ -77,7 +77,7 @@ def dynamic_temperature(logits: Tensor, low: Tensor, high: Tensor, exponent: Ten
 
     Kalomaze's entropy sampling (https://github.com/ggml-org/llama.cpp/pull/4972). A single token keeps its logit.
     """
-    share = entropy(logits) / (logits > -torch.inf).view(torch.uint8).sum(-1, keepdim=True, dtype=torch.int32).log()
+    share = entropy(logits) / (logits > -torch.inf).sum(-1, keepdim=True).log()
     share = torch.where(share.isfinite(), share, 0.0).clamp(0, 1)
     return logits / (low + (high - low) * share**exponent).clamp(min=1e-5)
 
