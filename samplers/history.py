@@ -148,7 +148,8 @@ class Repeats:
     def __init__(self, params: SamplingParams, breakers: Sequence[Ids]) -> None:
         self._range, self._allowed = params.dry_range, params.dry_allowed_length
         self._single = {breaker[0] for breaker in breakers if len(breaker) == 1}
-        self._longer = [breaker for breaker in breakers if len(breaker) > 1]
+        self._longer = {breaker for breaker in breakers if len(breaker) > 1}
+        self._sizes = {len(breaker) for breaker in self._longer}
         self._text: list[int] = []
         self._positions: dict[int, list[int]] = defaultdict(list)
         self._matches: dict[int, int] = {}
@@ -159,7 +160,9 @@ class Repeats:
         self._matches = {at: self._matches.get(at - 1, 0) + 1 for at in earlier[first:]}
         earlier.append(len(self._text))
         self._text.append(token)
-        if token in self._single or any(tuple(self._text[-len(each) :]) == each for each in self._longer):
+        if token in self._single or any(
+            tuple(self._text[-size:]) in self._longer for size in self._sizes
+        ):
             self._matches = {}
 
     def lengths(self) -> dict[int, int]:
@@ -208,6 +211,8 @@ class History:
     words: Words = NO_WORDS
     # bans[i]: tokens the output must not have at position i; what rewinding from a banned string leaves behind.
     bans: dict[int, set[int]] = field(default_factory=dict)
+    # only[i]: the tokens the output may have at position i, where not all may come; what token healing asks for.
+    only: dict[int, Collection[int]] = field(default_factory=dict)
     plan: tuple[Any, ...] | None = None  # the steps of its parameters, kept by pipeline.process
 
     def __post_init__(self) -> None:
@@ -239,6 +244,12 @@ class History:
                 index.append(token)
         self._output += new
         return self
+
+    def rewind(self, position: int) -> None:
+        """Forget what holds only for the text beyond the first `position` tokens of the output."""
+        for asked in (self.bans, self.only):
+            for later in [at for at in asked if at > position]:
+                del asked[later]
 
     def tail(self, count: int) -> Ids:
         """The last `count` tokens of prompt and output, fewer at the start of the text."""
