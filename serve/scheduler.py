@@ -203,8 +203,9 @@ class Scheduler:
             complete = count == seq.remaining and not seq.is_guide
             assert (token is not None) == complete, f"{seq.request_id}: only a complete row is sampled"
             seq.cached += count
-            for each in seq.members if token is not None else ():
-                each.ids.append(token)
+            if token is not None:
+                for each in seq.members:
+                    each.ids.append(token)
 
     def rewind(self, seq: Seq, num_output: int) -> None:
         """Forget all but the first `num_output` sampled tokens of a sequence, and their KV."""
