@@ -160,9 +160,7 @@ class Repeats:
         self._matches = {at: self._matches.get(at - 1, 0) + 1 for at in earlier[first:]}
         earlier.append(len(self._text))
         self._text.append(token)
-        if token in self._single or any(
-            tuple(self._text[-size:]) in self._longer for size in self._sizes
-        ):
+        if token in self._single or any(tuple(self._text[-size:]) in self._longer for size in self._sizes):
             self._matches = {}
 
     def lengths(self) -> dict[int, int]:

@@ -90,7 +90,9 @@ class Engine:
         params.check_vocab(self.vocab_size)
         self.vocabulary.words(params)
         if params.token_healing and params.allowed_token_ids:
-            raise UserError("token_healing and allowed_token_ids both say which tokens may come first: send one of them")
+            raise UserError(
+                "token_healing and allowed_token_ids both say which tokens may come first: send one of them"
+            )
         for at, token in enumerate(prompt_ids):
             if not 0 <= token < self.vocab_size:
                 raise UserError(
@@ -202,7 +204,7 @@ class Engine:
         }
 
     def _advance(self, seq: Seq, sampled: Sampled, now: float) -> StreamChunk | None:
-        """Take in the token just sampled for `seq`, and finish the request if it ended it. None: nothing to tell yet."""
+        """Take in the token just sampled for `seq`; finish the request if it ended it. None: nothing to tell yet."""
         request, token = self._requests[seq.request_id], sampled.token_id
         self._observe(request, now)
         if token in self.eos_token_ids and not seq.params.ignore_eos:

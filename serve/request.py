@@ -50,7 +50,7 @@ class Request:
         self._banned = tuple({each.casefold() for each in params.banned_strings})
         self._special = frozenset(tokenizer.all_special_ids)
         self._vocabulary = vocabulary
-        # What of the healed token's text is still to be said, in bytes, and to be left out of the answer, in characters.
+        # Of the healed token's text: what is still to be said (bytes) and to be left out of the answer (characters).
         self._unsaid, self._repeated = b"", 0
         if healed is not None:
             self._unsaid = vocabulary.bytes_of(healed)
