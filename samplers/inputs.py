@@ -200,10 +200,11 @@ def _cut(name: str, apply: Callable[..., Tensor]) -> Step:
 
 
 _PENALTY_RANGE = ("repetition_penalty_range", "repetition_decay")
+_ALLOWS = ("allowed_token_ids", "thinking_token_budget", "token_healing")
 _BANS = ("banned_tokens", "ban_eos_token", "bad_words", "banned_strings", "min_tokens")
 ORDER: tuple[Step, ...] = (
     Step("logit_bias", steps.logit_bias, _bias, ("logit_bias",), greedy=True, sparse=True),
-    Step("allow", steps.allow, _allowed, ("allowed_token_ids", "thinking_token_budget", "token_healing"), greedy=True, sparse=True),
+    Step("allow", steps.allow, _allowed, _ALLOWS, greedy=True, sparse=True),
     Step("ban", steps.ban, _banned, _BANS, greedy=True, sparse=True),
     Step("no_repeat_ngram", steps.ban, _ngrams, ("no_repeat_ngram_size",), greedy=True, sparse=True),
     Step(

@@ -21,6 +21,9 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+TokenTrace = tuple[int, tuple[StepTrace, ...]]  # a sampled token and what each sampler did before it was drawn
+
+
 @dataclass(frozen=True)
 class StreamChunk:
     """What one engine step added to one request.
@@ -39,6 +42,10 @@ class StreamChunk:
     # The stop string or stop token id that ended the request, or why it could not go on; None for eos and length
     stop_reason: int | str | None = None
     trace: tuple[tuple[StepTrace, ...], ...] | None = None  # one per token_ids entry; None unless asked for
+
+    def traced(self) -> list[TokenTrace]:
+        """The chunk's tokens with their traces; none unless asked for."""
+        return list(zip(self.token_ids, self.trace, strict=True)) if self.trace else []
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,10 @@ def test_a_request_whose_tokens_are_all_banned_ends_alone(make_llm: MakeLLM, cap
 
 def test_words_reach_the_samplers(make_llm: MakeLLM) -> None:
     llm = make_llm()
-    options: dict[str, Any] = {"allowed_token_ids": LETTERS[:3], "max_tokens": 40, "seed": 1}
+    options: dict[str, Any] = {"allowed_token_ids": LETTERS[:4], "max_tokens": 40, "seed": 1, "temperature": 6.0}
     (output,) = llm.generate("a", SamplingParams(bad_words=["ab", "c"], **options))
     assert "c" not in output.text and "ab" not in "a" + output.text and "b" in output.text
-    (loose,) = llm.generate("a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["a", "b", "c"], **options))
+    (loose,) = llm.generate("a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["a", "b", "c", "d"], **options))
     (strict,) = llm.generate("a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["z"], **options))
     # Where every token breaks the sequence, DRY does nothing.
     assert loose.text == llm.generate("a", SamplingParams(**options))[0].text != strict.text
@@ -138,7 +138,7 @@ def thinker(tiny_model: Callable[..., Any], bpe_tokenizer: Any) -> LLM:
 
     def run(work: Sequence[Any]) -> torch.Tensor:
         logits = inner(work).clone()
-        logits[:, begin], logits[:, end] = 2.0, -50.0
+        logits[:, begin], logits[:, end] = logits.amax(-1), -50.0
         return logits
 
     llm.engine.runner.run = run  # type: ignore[method-assign]
