@@ -249,7 +249,7 @@ class Engine:
     ) -> StreamChunk:
         """What can be handed out now, perhaps nothing; all of it if `reason` ends the request."""
         seq = request.seq
-        ready, text = request.release(all=reason is not None)
+        ready, text = request.release(everything=reason is not None)
         self.counters.generation_tokens += len(ready)
         if reason is not None:
             text += request.rest()

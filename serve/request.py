@@ -94,9 +94,9 @@ class Request:
         self.history.bans.setdefault(position, set()).add(first.sampled.token_id)
         self.rewinds += 1
 
-    def release(self, all: bool) -> tuple[list[Sampled], str]:
-        """The tokens that can be handed out and their text. all: whatever is held."""
-        count = len(self._held) if all else self._certain()
+    def release(self, everything: bool) -> tuple[list[Sampled], str]:
+        """The tokens that can be handed out and their text; `everything`: whatever is held."""
+        count = len(self._held) if everything else self._certain()
         ready, self._held = self._held[:count], self._held[count:]
         self.released += count
         self.rewinds = 0 if count else self.rewinds
@@ -126,14 +126,18 @@ class Request:
         return self._held[place].sampled.token_id in self._special
 
     def _certain(self) -> int:
-        """How many of the held tokens cannot become part of a banned string."""
+        """How many of the held tokens cannot become part of a banned string, whatever is taken back after them."""
         if not self._banned:
             return len(self._held)
-        text = "".join(each.folded for each in self._held)
-        open_end, count = max(overlap(text, banned) for banned in self._banned), len(self._held)
-        while count and (open_end > 0 or not self._held[count - 1].folded):
-            count -= 1
-            open_end -= len(self._held[count].folded)
+        count, before = len(self._held), -1
+        # Again for what is left: if the end is taken back, the text before it may go on as another banned string.
+        while count not in (0, before):
+            before = count
+            text = "".join(each.folded for each in self._held[:count])
+            open_end = max(overlap(text, banned) for banned in self._banned)
+            while count and (open_end > 0 or not self._held[count - 1].folded):
+                count -= 1
+                open_end -= len(self._held[count].folded)
         return count
 
     def _heal(self, token: int) -> None:

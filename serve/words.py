@@ -32,6 +32,8 @@ class Vocabulary:
         self._special = frozenset(tokenizer.all_special_ids)
         self._breakers = lru_cache(maxsize=256)(self._find_breaker)
         self._beginnings = lru_cache(maxsize=256)(self._find_beginnings)
+        # A request is checked in one thread and added in another: each text is tokenized once.
+        self._encode = lru_cache(maxsize=256)(lambda text, **how: list(tokenizer.encode(text, **how)))
 
     def words(self, params: SamplingParams) -> Words:
         """The tokens of what `params` names as text. UserError for a thinking budget where thoughts have no tags."""
@@ -68,7 +70,7 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens the tokenizer adds."""
-        return list(self._tokenizer.encode(text))
+        return list(self._encode(text))
 
     @cached_property
     def _texts(self) -> list[bytes]:
@@ -126,4 +128,4 @@ class Vocabulary:
         return tuple(ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain(text))
 
     def _plain(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False))
+        return list(self._encode(text, add_special_tokens=False))

@@ -4,6 +4,7 @@ The byte tokenizer makes every character a token, so an output that avoids a cha
 that was forbidden its token from the start.
 """
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,18 +71,18 @@ def test_another_way_is_taken_where_the_string_begins(speaker: MakeLLM, byte_tok
     assert output.text == "quite another"
 
 
+def test_a_ban_lasts_as_long_as_the_text_before_it(speaker: MakeLLM) -> None:
+    # After "xb" the "c" is banned; that says nothing of the "c" after "yb".
+    llm = speaker("xbcq", "xbd", "ybck")
+    (output,) = llm.generate("p", greedy("cq", "xbd"))
+    assert output.text == "ybck"
+
+
 def test_text_waits_until_it_is_certain(speaker: MakeLLM) -> None:
-    found = chunks(speaker("xabcy abd", "xabz"), greedy("abd"))
-    assert [(chunk.text_delta, len(chunk.token_ids)) for chunk in found] == [
-        ("x", 1),
-        ("abc", 3),
-        ("y", 1),
-        (" ", 1),
-        # "ab" was held, then went back to its first token; no script goes on from there.
-        *[(chunk.text_delta, len(chunk.token_ids)) for chunk in found[4:]],
-    ]
-    assert [chunk.completion_tokens for chunk in found[:4]] == [1, 4, 5, 6]
-    assert "abd" not in "".join(chunk.text_delta for chunk in found)
+    found = chunks(speaker("xabcy abd", "xabcy z"), greedy("abd"))
+    said = [(chunk.text_delta, len(chunk.token_ids)) for chunk in found]
+    assert said == [("x", 1), ("abc", 3), ("y", 1), (" ", 1), ("z", 1), ("", 1)]
+    assert [chunk.completion_tokens for chunk in found] == [1, 4, 5, 6, 7, 8]
 
 
 def test_ends_hand_out_what_was_held(speaker: MakeLLM) -> None:
@@ -111,8 +112,8 @@ def test_stop_strings_beside_banned_ones(speaker: MakeLLM) -> None:
     assert (output.text, output.stop_reason) == ("one ", "two")
     (output,) = llm.generate("p", greedy("wo", stop="two", include_stop_str_in_output=True))
     assert output.stop_reason != "two" and "wo" not in output.text
-    # The stop matcher goes back too: "tw" it held is forgotten.
-    (output,) = llm.generate("p", greedy("two", stop="twx"))
+    # The stop matcher goes back too: "two" it held is forgotten.
+    (output,) = llm.generate("p", greedy("two", stop="twox"))
     assert output.text.startswith("one 2")
 
 
@@ -157,6 +158,49 @@ def test_the_cache_after_going_back_is_that_of_the_text(make_llm: MakeLLM, tiny_
         want = tiny_model("Llama")(torch.tensor([[9, 8, 7, *output.token_ids]])).logits[0, 2:-1].log_softmax(-1)
     for row, entry in enumerate(output.logprobs or ()):
         assert entry.logprob == pytest.approx(float(want[row, entry.token_id]), abs=1e-3)
+
+
+def preference(said: str) -> str:
+    """The letters a b c in an order that depends on all that was said."""
+    return "".join(sorted("abc", key=lambda letter: random.Random(said + letter).random()))
+
+
+def going_back(banned: Sequence[str], length: int) -> str:
+    """The text of the rule itself: everything is kept, the whole text is searched after every letter."""
+    said, bans = "", {at: set[str]() for at in range(length)}
+    while len(said) < length:
+        left = [letter for letter in preference(said) if letter not in bans[len(said)]]
+        if not left:
+            break
+        said += left[0]
+        if begins := [said.index(each) for each in banned if each in said]:
+            at = min(begins)
+            bans[at].add(said[at])
+            bans |= {later: set() for later in bans if later > at}
+            said = said[:at]
+    return said
+
+
+def test_random_bans_give_the_text_of_the_rule(make_llm: MakeLLM) -> None:
+    llm, rng = make_llm(), random.Random(0)
+    letters = llm.engine.tokenizer.encode("abc")
+
+    def run(work: Sequence[Work]) -> torch.Tensor:
+        logits = torch.zeros(len(work), 257)
+        for row, (seq, _) in enumerate(work):
+            for rank, letter in enumerate(preference(llm.engine.tokenizer.decode(seq.output))):
+                logits[row, letters["abc".index(letter)]] = 20.0 - rank
+        return logits
+
+    llm.engine.runner.run = run  # type: ignore[method-assign]
+    for _ in range(300):
+        lengths = [rng.choice((1, 2, 2, 3, 3, 4)) for _ in range(rng.randint(1, 7))]
+        banned = ["".join(rng.choices("abc", k=length)) for length in lengths]
+        shown = ""
+        for chunk in chunks(llm, greedy(*banned, max_tokens=15, allowed_token_ids=letters)):
+            shown += chunk.text_delta
+            assert not any(each in shown for each in banned), banned
+        assert shown == going_back(banned, 15), banned
 
 
 @pytest.mark.parametrize("eager", [False, True])

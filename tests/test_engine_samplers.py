@@ -96,7 +96,9 @@ def test_words_reach_the_samplers(make_llm: MakeLLM) -> None:
     options: dict[str, Any] = {"allowed_token_ids": LETTERS[:4], "max_tokens": 40, "seed": 1, "temperature": 6.0}
     (output,) = llm.generate("a", SamplingParams(bad_words=["ab", "c"], **options))
     assert "c" not in output.text and "ab" not in "a" + output.text and "b" in output.text
-    (loose,) = llm.generate("a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["a", "b", "c", "d"], **options))
+    (loose,) = llm.generate(
+        "a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["a", "b", "c", "d"], **options)
+    )
     (strict,) = llm.generate("a", SamplingParams(dry_multiplier=5.0, dry_sequence_breakers=["z"], **options))
     # Where every token breaks the sequence, DRY does nothing.
     assert loose.text == llm.generate("a", SamplingParams(**options))[0].text != strict.text
