@@ -48,7 +48,6 @@ class Request:
         self.rewinds = 0  # since the last of them
         self._held: list[_Held] = []
         self._banned = tuple({each.casefold() for each in params.banned_strings})
-        self._special = frozenset(tokenizer.all_special_ids)
         self._vocabulary = vocabulary
         # Of the healed token's text: what is still to be said (bytes) and to be left out of the answer (characters).
         self._unsaid, self._repeated = b"", 0
@@ -123,7 +122,7 @@ class Request:
         return any(banned in shown for banned in self._banned)
 
     def _is_special(self, place: int) -> bool:
-        return self._held[place].sampled.token_id in self._special
+        return self._held[place].sampled.token_id in self._vocabulary.special
 
     def _certain(self) -> int:
         """How many of the held tokens cannot become part of a banned string, whatever is taken back after them."""

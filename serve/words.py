@@ -25,11 +25,14 @@ THOUGHTS = (
 
 
 class Vocabulary:
-    """The tokens of a model with `size` logits, as text. What is found is kept; any thread may ask."""
+    """The tokens of a model with `size` logits, as text. What is found is kept; any thread may ask.
+
+    `special`: ids of the tokenizer's special tokens.
+    """
 
     def __init__(self, tokenizer: Any, size: int) -> None:
         self._tokenizer, self._size = tokenizer, size
-        self._special = frozenset(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)
         self._breakers = lru_cache(maxsize=256)(self._find_breaker)
         self._beginnings = lru_cache(maxsize=256)(self._find_beginnings)
         # A request is checked in one thread and added in another: each text is tokenized once.
@@ -57,7 +60,7 @@ class Vocabulary:
 
         Not of a special token or a part of a character, nor where the prompt would be empty without it.
         """
-        if len(prompt) < 2 or prompt[-1] in self._special:
+        if len(prompt) < 2 or prompt[-1] in self.special:
             return False
         try:
             return bool(self.bytes_of(prompt[-1]).decode())
@@ -83,7 +86,7 @@ class Vocabulary:
     def _find_beginnings(self, text: bytes) -> frozenset[int]:
         shorter = {text[:n] for n in range(1, len(text))}
         found = {token for token, each in enumerate(self._texts) if each.startswith(text) or each in shorter}
-        return frozenset(found - self._special)
+        return frozenset(found - self.special)
 
     def _find_breaker(self, breaker: str) -> tuple[Ids, ...]:
         """Token sequences whose text has the breaker in it, as llama.cpp finds them.
