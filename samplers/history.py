@@ -148,8 +148,7 @@ class Repeats:
     def __init__(self, params: SamplingParams, breakers: Sequence[Ids]) -> None:
         self._range, self._allowed = params.dry_range, params.dry_allowed_length
         self._single = {breaker[0] for breaker in breakers if len(breaker) == 1}
-        self._longer = {breaker for breaker in breakers if len(breaker) > 1}
-        self._sizes = {len(breaker) for breaker in self._longer}
+        self._longer = [breaker for breaker in breakers if len(breaker) > 1]
         self._text: list[int] = []
         self._positions: dict[int, list[int]] = defaultdict(list)
         self._matches: dict[int, int] = {}
@@ -160,7 +159,7 @@ class Repeats:
         self._matches = {at: self._matches.get(at - 1, 0) + 1 for at in earlier[first:]}
         earlier.append(len(self._text))
         self._text.append(token)
-        if token in self._single or any(tuple(self._text[-size:]) in self._longer for size in self._sizes):
+        if token in self._single or any(tuple(self._text[-len(each) :]) == each for each in self._longer):
             self._matches = {}
 
     def lengths(self) -> dict[int, int]:
