@@ -42,6 +42,11 @@ def add_parser(subparsers: Any) -> None:
         "--chat-template", metavar="FILE", help="Jinja file that replaces the tokenizer's chat template"
     )
     parser.add_argument(
+        "--sampler-preset",
+        metavar="FILE",
+        help="YAML or JSON of sampling parameters requests get (see serve/presets.py)",
+    )
+    parser.add_argument(
         "--quantize", metavar="FMT", help="quantize at load, by rounding to nearest (see `bitsmith formats`)"
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="flags by name; the command line wins")
@@ -123,6 +128,12 @@ def run(args: argparse.Namespace) -> None:
     args = with_config(args)
     _threads.apply(args)
     template = read_text("--chat-template", args.chat_template) if hasattr(args, "chat_template") else None
+    preset = None
+    if hasattr(args, "sampler_preset"):
+        from ..serve.presets import read_preset
+
+        source = f"--sampler-preset {args.sampler_preset}"
+        preset = read_preset(read_text("--sampler-preset", args.sampler_preset), source)
     host = getattr(args, "host", "127.0.0.1")
     with contextlib.ExitStack() as held:
         listener = held.enter_context(bind(host, getattr(args, "port", 8000)))
@@ -139,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
 
         llm = LLM(path, **_engine.options(args))
         engine = AsyncEngine(llm.engine)
-        app = create_app(engine, name, getattr(args, "api_key", None), template)
+        app = create_app(engine, name, getattr(args, "api_key", None), template, preset)
         shown = f"[{host}]" if ":" in host else host
         note(f"serving {name} at http://{shown}:{listener.getsockname()[1]}/v1")
         run_server(app, engine, listener)

@@ -258,6 +258,8 @@ class History:
     words: Words = NO_WORDS
     # bans[i]: tokens the output must not have at position i; what rewinding from a banned string leaves behind.
     bans: dict[int, set[int]] = field(default_factory=dict)
+    # only[i]: the tokens the output may have at position i, where not all may come; what token healing asks for.
+    only: dict[int, Collection[int]] = field(default_factory=dict)
     plan: tuple[Any, ...] | None = None  # the steps of its parameters, kept by pipeline.process
 
     def __post_init__(self) -> None:
@@ -290,6 +292,12 @@ class History:
             index.extend(new)
         self._output += new
         return self
+
+    def rewind(self, position: int) -> None:
+        """Forget what holds only for the text beyond the first `position` tokens of the output."""
+        for asked in (self.bans, self.only):
+            for later in [at for at in asked if at > position]:
+                del asked[later]
 
     def tail(self, count: int) -> Ids:
         """The last `count` tokens of prompt and output, fewer at the start of the text."""

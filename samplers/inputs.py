@@ -92,10 +92,15 @@ def _bias(context: Context) -> tuple[Any, ...]:
 
 
 def _allowed(context: Context) -> tuple[Any, ...]:
-    forced = [history.thought.forced() if history.thought else None for history in context.histories]
-    rows = zip(context.params, forced, strict=True)
-    allowed = [{*params.allowed_token_ids} if token is None else {token} for params, token in rows]
+    rows = zip(context.params, context.histories, context.lengths, strict=True)
+    allowed = [_only(*row) for row in rows]
     return context.at(allowed), torch.tensor([not each for each in allowed], device=context.device)[:, None]
+
+
+def _only(params: SamplingParams, history: History, length: int) -> Collection[int]:
+    """The tokens this row may have now; none: all of them."""
+    forced = history.thought.forced() if history.thought else None
+    return history.only.get(length, {*params.allowed_token_ids}) if forced is None else {forced}
 
 
 def _banned(context: Context) -> tuple[Any, ...]:
@@ -197,10 +202,11 @@ def _cut(name: str, apply: Callable[..., Tensor]) -> Step:
 
 
 _PENALTY_RANGE = ("repetition_penalty_range", "repetition_decay")
+_ALLOWS = ("allowed_token_ids", "thinking_token_budget", "token_healing")
 _BANS = ("banned_tokens", "ban_eos_token", "bad_words", "banned_strings", "min_tokens")
 ORDER: tuple[Step, ...] = (
     Step("logit_bias", steps.logit_bias, _bias, ("logit_bias",), greedy=True, sparse=True),
-    Step("allow", steps.allow, _allowed, ("allowed_token_ids", "thinking_token_budget"), greedy=True, sparse=True),
+    Step("allow", steps.allow, _allowed, _ALLOWS, greedy=True, sparse=True),
     Step("ban", steps.ban, _banned, _BANS, greedy=True, sparse=True),
     Step("no_repeat_ngram", steps.ban, _ngrams, ("no_repeat_ngram_size",), greedy=True, sparse=True),
     Step(

@@ -12,6 +12,17 @@ from torch import Tensor
 At = tuple[Tensor, Tensor]
 
 
+def guidance(logits: Tensor, negative: Tensor, scale: Tensor) -> Tensor:
+    """n + scale (l - n) on the log-softmax of logits [B, V] and of `negative` [B, V], those after a negative prompt.
+
+    Classifier-free guidance (https://arxiv.org/abs/2306.17806, equation 7). A token that either rules out stays as it
+    is in `logits`.
+    """
+    wanted, other = logits.log_softmax(-1), negative.log_softmax(-1)
+    ruled_out = (wanted == -torch.inf) | (other == -torch.inf)
+    return torch.where(ruled_out, wanted, other + scale * (wanted - other))
+
+
 def logit_bias(logits: Tensor, at: At, bias: Tensor) -> Tensor:
     """Add bias[N] to the logits at `at`, which holds no pair twice (OpenAI API reference, `logit_bias`)."""
     return logits.index_put(at, logits[at] + bias)

@@ -32,6 +32,7 @@ from .openai_types import (
     take,
     take_chat,
 )
+from .presets import Preset
 from .streaming import EventStream, Job, run_jobs, until_disconnect
 from .token_text import TokenBytes, token_bytes_of
 
@@ -69,12 +70,13 @@ def error_response(message: str, status: int, param: str | None = None, code: st
 
 @dataclass(frozen=True)
 class Server:
-    """What the routes work with: an engine, the name it is served under, and how chats become prompts."""
+    """What the routes work with: an engine, the name it is served under, how chats become prompts, and presets."""
 
     engine: AsyncEngine
     model: str
     chat_template: str | None
     token_bytes: TokenBytes
+    preset: Preset
 
     def check_model(self, wanted: str | None) -> None:
         """RequestError (404) if a request names another model; one that names none means this one."""
@@ -100,7 +102,7 @@ class Server:
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
-        parsed = parse_completion(parse_body(await request.body()))
+        parsed = parse_completion(self.preset.apply(parse_body(await request.body())))
         self.check_model(parsed.generation.model)
         jobs = []
         for prompt in parsed.prompts:
@@ -111,14 +113,15 @@ class Server:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        generation, chat = parse_chat(parse_body(await request.body()))
+        generation, chat = parse_chat(self.preset.apply(parse_body(await request.body())))
         self.check_model(generation.model)
         ids = chat_prompt_ids(self.engine.tokenizer, chat, self.chat_template)
         jobs = [self.job(generation, ids, i) for i in range(generation.n)]
         return await self._answer(request, CHAT, generation, jobs)
 
     async def _answer(self, request: Request, shape: Shape, generation: Generation, jobs: list[Job]) -> Response:
-        reply = Reply.new(shape, self.model, self.token_bytes, jobs[0].params.logprobs is not None)
+        first = jobs[0].params
+        reply = Reply.new(shape, self.model, self.token_bytes, first.logprobs is not None, first.sampler_trace)
         prompts = len(jobs) // generation.n
         if generation.stream:
             return EventStream(self._events(reply, jobs, prompts, generation.include_usage))
@@ -182,15 +185,20 @@ class Server:
 
 
 def create_app(
-    engine: AsyncEngine, model: str, api_key: str | None = None, chat_template: str | None = None
+    engine: AsyncEngine,
+    model: str,
+    api_key: str | None = None,
+    chat_template: str | None = None,
+    preset: Preset | None = None,
 ) -> FastAPI:
     """The application serving `engine` as `model`.
 
     engine: starts with the application and is shut down with it, which ends the requests still running.
     api_key: what clients must send as a bearer token; None: no authentication.
     chat_template: Jinja source that replaces the tokenizer's own.
+    preset: sampling parameters that requests get where they send none, or in any case.
     """
-    server = Server(engine, model, chat_template, token_bytes_of(engine.tokenizer))
+    server = Server(engine, model, chat_template, token_bytes_of(engine.tokenizer), preset or Preset())
     card = {
         "id": model,
         "object": "model",

@@ -69,8 +69,12 @@ class BlockManager:
 
     def free(self, table: list[int]) -> None:
         """Give up every block of `table` and empty it. A block is free again when no table holds it."""
+        self.shrink(table, 0)
+
+    def shrink(self, table: list[int], num_tokens: int) -> None:
+        """Give up the blocks of `table` beyond those that hold `num_tokens` tokens."""
         # Last block first: the head of a prompt, worth most to a prefix cache, is reused last.
-        while table:
+        while len(table) > self.blocks_for(num_tokens):
             block = table.pop()
             assert self._refs[block] > 0, f"block {block} is freed twice"
             self._refs[block] -= 1

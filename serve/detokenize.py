@@ -33,6 +33,15 @@ class Detokenizer:
         self.ids.append(token_id)
         return self._advance(flush=False)
 
+    def mark(self) -> tuple[int, int, int]:
+        """Where it is now, for `rewind`."""
+        return len(self.ids), self.start, self.read
+
+    def rewind(self, mark: tuple[int, int, int]) -> None:
+        """Back to where it was at `mark`."""
+        count, self.start, self.read = mark
+        del self.ids[count:]
+
     def finish(self) -> str:
         """What is left: an incomplete character as the tokenizer shows it (U+FFFD)."""
         return self._advance(flush=True) if self.read < len(self.ids) else ""
@@ -72,7 +81,7 @@ class StopMatcher:
             end, at, self.matched = min(ends)
             self.held = ""
             return text[: end if self.include else at]
-        keep = max(_overlap(text, stop) for stop in self.stop)
+        keep = max(overlap(text, stop) for stop in self.stop)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -82,6 +91,6 @@ class StopMatcher:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop` without completing it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,13 +19,15 @@ from ..kv_quant.base import KVCache, bytes_per_block, load_codec
 from ..models.attention import make_paged
 from ..samplers.params import SamplingParams
 from ..samplers.pipeline import Sampled, sample
+from ..samplers.steps import guidance
 from .blocks import BlockManager
-from .detokenize import Detokenizer, StopMatcher
 from .outputs import FinishReason, StreamChunk, TokenLogprob
 from .pool import free_memory, pool_blocks
-from .runner import Runner, order_work
+from .request import MOST_REWINDS, Request, loops
+from .runner import Runner, Work, order_work
 from .scheduler import Scheduler, Seq
 from .stats import Stats
+from .words import Vocabulary
 
 _LOG = logging.getLogger(__name__)
 
@@ -41,16 +44,6 @@ class EngineConfig:
     num_blocks: int | None = None  # KV blocks; None takes what max_num_seqs full sequences need, or what fits
     enforce_eager: bool = False  # never repeat a recorded decode step (serve/recorded.py)
     gpu_memory_utilization: float = 0.9  # share of the device's memory (CPU: of the memory available) to use
-
-
-@dataclass
-class _Request:
-    """What the engine remembers of a sequence besides the scheduler's Seq."""
-
-    seq: Seq
-    detokenizer: Detokenizer
-    stop: StopMatcher
-    last_event: float  # time of arrival, then of the latest token
 
 
 @dataclass
@@ -88,12 +81,18 @@ class Engine:
         self.scheduler = Scheduler(config.max_num_seqs, config.max_num_batched_tokens, self.blocks, self.max_model_len)
         cache = KVCache(codec, shapes, num_blocks, config.block_size, self.model.device)
         self.runner = Runner(self.model, cache, self.max_model_len, config.enforce_eager)
-        self._requests: dict[str, _Request] = {}
+        self.vocabulary = Vocabulary(self.tokenizer, self.vocab_size)
+        self._requests: dict[str, Request] = {}
 
     def check_request(self, prompt_ids: list[int], params: SamplingParams) -> None:
         """UserError if this request could never run. Touches no state, so any thread may call it."""
-        self.scheduler.check(len(prompt_ids))
+        self.scheduler.check(len(prompt_ids), len(self._negative(prompt_ids, params)))
         params.check_vocab(self.vocab_size)
+        self.vocabulary.words(params)
+        if params.token_healing and params.allowed_token_ids:
+            raise UserError(
+                "token_healing and allowed_token_ids both say which tokens may come first: send one of them"
+            )
         for at, token in enumerate(prompt_ids):
             if not 0 <= token < self.vocab_size:
                 raise UserError(
@@ -109,14 +108,25 @@ class Engine:
         UserError as `check_request`, or for a request_id that is in use.
         """
         self.check_request(prompt_ids, params)
-        seq = Seq(request_id, list(prompt_ids), params)
+        ids, healed = list(prompt_ids), None
+        if params.token_healing and self.vocabulary.can_heal(ids):
+            healed = ids.pop()
+        negative = self._negative(ids, params)
+        guide = Seq(f"{request_id}/negative", negative, params) if negative else None
+        seq = Seq(request_id, ids, params, guide=guide)
         self.scheduler.add(seq)
-        self._requests[request_id] = _Request(
-            seq,
-            Detokenizer.after(self.tokenizer, prompt_ids, params.skip_special_tokens),
-            StopMatcher(params.stop, params.include_stop_str_in_output),
-            time.perf_counter() if arrival is None else arrival,
-        )
+        arrival = time.perf_counter() if arrival is None else arrival
+        self._requests[request_id] = Request(seq, self.tokenizer, self.vocabulary, healed, arrival)
+
+    def _negative(self, prompt_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt of the sequence that guidance moves away from; empty without guidance.
+
+        An empty negative prompt is the prompt's last token alone, as in transformers.
+        """
+        if params.guidance_scale == 1:
+            return []
+        asked = self.vocabulary.encode(params.negative_prompt) if params.negative_prompt else []
+        return asked or prompt_ids[-1:]
 
     def has_work(self) -> bool:
         """Whether a request is running or waiting."""
@@ -127,31 +137,58 @@ class Engine:
         work = order_work(self.scheduler.schedule())
         if not work:
             return []
-        logits = self.runner.run(work)
-        usable = logits.amax(-1).isfinite().tolist()
-        done = [row for row, (seq, count) in enumerate(work) if count == seq.remaining]
-        dropped = [self._drop(work[row][0]) for row in done if not usable[row]]
-        rows = [row for row in done if usable[row]]
-        seqs = [work[row][0] for row in rows]
-        sampled = self._sample(logits if len(rows) == len(work) else logits[rows], seqs)
-        tokens: list[int | None] = [None] * len(work)
-        for row, each in zip(rows, sampled, strict=True):
-            tokens[row] = each.token_id
-        self.scheduler.update(work, tokens)
+        seqs, logits = self._complete(work, self.runner.run(work))
+        sampled = self._sample(logits, seqs)
+        ended = [self._drop(seq) for seq in seqs if seq not in sampled]
+        token = {seq: each.token_id for seq, each in sampled.items()}
+        self.scheduler.update(work, [token.get(seq) for seq, _ in work])
         now = time.perf_counter()
-        return dropped + [(s.request_id, self._advance(s, each, now)) for s, each in zip(seqs, sampled, strict=True)]
+        chunks = ((seq.request_id, self._advance(seq, each, now)) for seq, each in sampled.items())
+        return ended + [(name, chunk) for name, chunk in chunks if chunk is not None]
+
+    def _complete(self, work: list[Work], logits: Tensor) -> tuple[list[Seq], Tensor]:
+        """The sequences of `work` that get a token, and the logits [B, V] to choose it from, guided where asked."""
+        row = {seq: at for at, (seq, _) in enumerate(work)}
+        seqs = [seq for seq, count in work if count == seq.remaining and not seq.is_guide]
+        taken = logits if len(seqs) == len(work) else logits[[row[seq] for seq in seqs]]
+        guided = [(at, row[seq.guide], seq.params.guidance_scale) for at, seq in enumerate(seqs) if seq.guide]
+        if guided:
+            places, negatives, scales = map(list, zip(*guided, strict=True))
+            scale = torch.tensor(scales, device=logits.device)[:, None]
+            taken[places] = guidance(taken[places], logits[negatives], scale)
+        return seqs, taken
+
+    def _sample(self, logits: Tensor, seqs: list[Seq]) -> dict[Seq, Sampled]:
+        """One token per sequence from logits `[len(seqs), V]`; none for one that has none left to choose."""
+        usable = logits.amax(-1).isfinite().tolist() if seqs else []
+        rows = [row for row, good in enumerate(usable) if good]
+        if not rows:
+            return {}
+        seqs = [seqs[row] for row in rows]
+        histories = [self._requests[seq.request_id].history for seq in seqs]
+        sampled = sample(
+            logits[rows] if len(rows) < len(logits) else logits,
+            [seq.params for seq in seqs],
+            [history.prompt for history in histories],
+            [seq.output for seq in seqs],
+            [seq.seed for seq in seqs],
+            self.eos_token_ids,
+            histories,
+        )
+        return {seq: each for seq, each in zip(seqs, sampled, strict=True) if each is not None}
 
     def _drop(self, seq: Seq) -> tuple[str, StreamChunk]:
-        """End a request whose logits hold NaN or no finite value (float16 overflow): the others must go on."""
-        _LOG.error("request %s: the model gave no finite logits after %d tokens; aborted", seq.request_id, len(seq.ids))
-        return seq.request_id, self._chunk(self._requests[seq.request_id], "", None, "abort")
+        """End a request that has no token to go on with; the others must."""
+        reason = "no token is left: the model gave no finite logits, or the request's parameters ban all tokens"
+        _LOG.error("request %s: after %d tokens %s; aborted", seq.request_id, seq.num_output, reason)
+        return seq.request_id, self._chunk(self._requests[seq.request_id], "abort", reason)
 
     def abort(self, request_id: str) -> StreamChunk | None:
         """End a request and free its blocks at once -> its last chunk; None if it is not running."""
         request = self._requests.get(request_id)
         if request is None:
             return None
-        return self._chunk(request, request.stop.finish(), None, "abort")
+        return self._chunk(request, "abort")
 
     def stats(self) -> dict[str, Any]:
         """serve.stats plus running, waiting, blocks_total, blocks_free, kv_usage (0 to 1) and preemptions."""
@@ -166,75 +203,69 @@ class Engine:
             **self.counters.snapshot(),
         }
 
-    def _sample(self, logits: Tensor, seqs: list[Seq]) -> list[Sampled]:
-        """One token per sequence from logits `[len(seqs), V]`."""
-        if not seqs:
-            return []
-        return sample(
-            logits,
-            [seq.params for seq in seqs],
-            [seq.prompt for seq in seqs],
-            [seq.output for seq in seqs],
-            [seq.seed for seq in seqs],
-            self.eos_token_ids,
-        )
-
-    def _advance(self, seq: Seq, sampled: Sampled, now: float) -> StreamChunk:
-        """Turn the token just sampled for `seq` into text, and finish the request if it ended it."""
+    def _advance(self, seq: Seq, sampled: Sampled, now: float) -> StreamChunk | None:
+        """Take in the token just sampled for `seq`; finish the request if it ended it. None: nothing to tell yet."""
         request, token = self._requests[seq.request_id], sampled.token_id
         self._observe(request, now)
         if token in self.eos_token_ids and not seq.params.ignore_eos:
-            return self._chunk(request, self._rest(request), sampled, "stop")
+            request.end(sampled)
+            return self._chunk(request, "stop")
         if token in seq.params.stop_token_ids:
-            return self._chunk(request, self._rest(request), sampled, "stop", token)
-        text = request.stop.add(request.detokenizer.add(token))
-        if request.stop.matched is None and seq.at_limit:
-            text += self._rest(request)
-            if request.stop.matched is None:
-                return self._chunk(request, text, sampled, "length")
+            request.end(sampled)
+            return self._chunk(request, "stop", token)
+        back = request.add(sampled, more=not seq.at_limit)
+        if back is not None:
+            return self._rewind(request, back)
         if request.stop.matched is not None:
-            return self._chunk(request, text, sampled, "stop", request.stop.matched)
-        return self._chunk(request, text, sampled, None)
+            return self._chunk(request, "stop", request.stop.matched)
+        if seq.at_limit:
+            return self._chunk(request, "length")
+        if loops(seq.ids, seq.num_prompt, seq.params.repetition_detection):
+            return self._chunk(request, "repetition", "repetition_detected")
+        chunk = self._chunk(request, None)
+        return chunk if chunk.token_ids else None
 
-    def _rest(self, request: _Request) -> str:
-        """The text still held back, now that no more can follow."""
-        return request.stop.add(request.detokenizer.finish()) + request.stop.finish()
+    def _rewind(self, request: Request, position: int) -> StreamChunk | None:
+        """Go back to the token at `position` of the output, where a banned string begins, and choose another."""
+        seq = request.seq
+        request.rewind(position)
+        self.scheduler.rewind(seq, position)
+        if request.rewinds < MOST_REWINDS:
+            return None
+        reason = f"every continuation tried ends in banned_strings ({MOST_REWINDS} times)"
+        _LOG.error("request %s: after %d tokens %s; aborted", seq.request_id, seq.num_output, reason)
+        return self._chunk(request, "abort", reason)
 
-    def _observe(self, request: _Request, now: float) -> None:
-        first = request.seq.num_output == 1
+    def _observe(self, request: Request, now: float) -> None:
+        first = not request.started
         histogram = self.counters.time_to_first_token if first else self.counters.inter_token
         histogram.observe(now - request.last_event)
-        request.last_event = now
-        self.counters.generation_tokens += 1
+        request.started, request.last_event = True, now
         if first:
             self.counters.prompt_tokens += request.seq.num_prompt
 
     def _chunk(
-        self,
-        request: _Request,
-        text: str,
-        sampled: Sampled | None,
-        reason: FinishReason | None,
-        stop_reason: int | str | None = None,
+        self, request: Request, reason: FinishReason | None, stop_reason: int | str | None = None
     ) -> StreamChunk:
+        """What can be handed out now, perhaps nothing; all of it if `reason` ends the request."""
         seq = request.seq
+        ready, text = request.release(everything=reason is not None)
+        self.counters.generation_tokens += len(ready)
         if reason is not None:
+            text += request.rest()
             self.scheduler.finish(seq)
             del self._requests[seq.request_id]
             self.counters.finished[reason] += 1
-        logprobs: tuple[TokenLogprob, ...] | None = None
-        if seq.params.logprobs is not None:
-            logprobs = ()
-        if sampled is not None and sampled.logprob is not None:
-            logprobs = (TokenLogprob(sampled.token_id, sampled.logprob, sampled.top),)
+        reported = (TokenLogprob(each.token_id, each.logprob, each.top) for each in ready if each.logprob is not None)
         return StreamChunk(
             text_delta=text,
-            token_ids=() if sampled is None else (sampled.token_id,),
-            logprobs=logprobs,
+            token_ids=tuple(each.token_id for each in ready),
+            logprobs=None if seq.params.logprobs is None else tuple(reported),
             finish_reason=reason,
             prompt_tokens=seq.num_prompt,
-            completion_tokens=seq.num_output,
+            completion_tokens=request.released,
             stop_reason=stop_reason,
+            trace=tuple(each.trace for each in ready) if seq.params.sampler_trace else None,
         )
 
 

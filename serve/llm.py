@@ -106,6 +106,7 @@ def _output(chunks: list[StreamChunk]) -> Output:
     logprobs: list[TokenLogprob] | None = None
     if last.logprobs is not None:
         logprobs = [entry for chunk in chunks for entry in chunk.logprobs or ()]
+    trace = None if last.trace is None else [steps for chunk in chunks for steps in chunk.trace or ()]
     return Output(
         text="".join(chunk.text_delta for chunk in chunks),
         token_ids=[token for chunk in chunks for token in chunk.token_ids],
@@ -114,4 +115,5 @@ def _output(chunks: list[StreamChunk]) -> Output:
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
         stop_reason=last.stop_reason,
+        trace=trace,
     )

@@ -7,10 +7,11 @@ endpoints differ only in where text and log-probabilities sit in a choice, which
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .outputs import StreamChunk, TokenLogprob
+from ..samplers.trace import Best
+from .outputs import StreamChunk, TokenLogprob, TokenTrace
 from .token_text import TokenBytes, shown
 
 Json = dict[str, Any]
@@ -29,6 +30,7 @@ class Choice:
     index: int
     texts: list[str]
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    traces: list[TokenTrace] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_tokens: int = 0
@@ -39,6 +41,7 @@ class Choice:
         """Account for one engine chunk."""
         self.texts.append(chunk.text_delta)
         self.logprobs.extend(chunk.logprobs or ())
+        self.traces.extend(chunk.traced())
         self.finish_reason = chunk.finish_reason
         self.stop_reason = chunk.stop_reason
         self.prompt_tokens = chunk.prompt_tokens
@@ -87,6 +90,22 @@ def chat_logprobs(choice: Choice, entries: Sequence[TokenLogprob], token_bytes: 
     return {"content": listed}
 
 
+def trace(entries: Sequence[TokenTrace], token_bytes: TokenBytes) -> list[Json]:
+    """What the samplers did, token by token: each step that ran, what it removed, the best tokens before and after."""
+
+    def best(tokens: Best) -> list[Json]:
+        return [{"token": shown(token_bytes(i)), "token_id": i, "prob": prob} for i, prob in tokens]
+
+    return [
+        {
+            "token": shown(token_bytes(token)),
+            "token_id": token,
+            "steps": [asdict(step) | {"before": best(step.before), "after": best(step.after)} for step in steps],
+        }
+        for token, steps in entries
+    ]
+
+
 @dataclass(frozen=True)
 class Shape:
     """What tells one endpoint's JSON from the other's."""
@@ -125,28 +144,39 @@ class Reply:
     model: str
     token_bytes: TokenBytes
     with_logprobs: bool
+    with_trace: bool
     id: str
     created: int
 
     @classmethod
-    def new(cls, shape: Shape, model: str, token_bytes: TokenBytes, with_logprobs: bool) -> "Reply":
+    def new(cls, shape: Shape, model: str, token_bytes: TokenBytes, with_logprobs: bool, with_trace: bool) -> "Reply":
         """A reply with a fresh id, created now."""
-        return cls(shape, model, token_bytes, with_logprobs, shape.id_prefix + uuid.uuid4().hex, int(time.time()))
+        fresh = shape.id_prefix + uuid.uuid4().hex
+        return cls(shape, model, token_bytes, with_logprobs, with_trace, fresh, int(time.time()))
 
     def _envelope(self, kind: str, choices: list[Json]) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def _choice(self, choice: Choice, said: Json, entries: Sequence[TokenLogprob], finish_reason: str | None) -> Json:
+    def _choice(
+        self,
+        choice: Choice,
+        said: Json,
+        entries: Sequence[TokenLogprob],
+        traces: Sequence[TokenTrace],
+        finish_reason: str | None,
+    ) -> Json:
         logprobs = self.shape.logprobs(choice, entries, self.token_bytes) if self.with_logprobs else None
         answer: Json = {"index": choice.index, **said, "logprobs": logprobs, "finish_reason": finish_reason}
+        if self.with_trace:
+            answer["sampler_trace"] = trace(traces, self.token_bytes)
         return answer | ({"stop_reason": choice.stop_reason} if finish_reason else {})
 
     def whole(self, choices: Sequence[Choice], prompts: int) -> Json:
         """The response of a request that does not stream."""
-        listed = [
-            self._choice(choice, self.shape.whole_text("".join(choice.texts)), choice.logprobs, choice.finish_reason)
-            for choice in choices
-        ]
+        listed = []
+        for choice in choices:
+            said = self.shape.whole_text("".join(choice.texts))
+            listed.append(self._choice(choice, said, choice.logprobs, choice.traces, choice.finish_reason))
         return self._envelope(self.shape.whole, listed) | {"usage": usage(choices, prompts)}
 
     def opening(self, choice: Choice, prefix: str) -> Json | None:
@@ -157,14 +187,16 @@ class Reply:
             start = {"text": prefix}
         else:
             return None
-        return self._envelope(self.shape.part, [self._choice(choice, start, (), None)])
+        return self._envelope(self.shape.part, [self._choice(choice, start, (), (), None)])
 
     def part(self, choice: Choice, chunk: StreamChunk) -> Json | None:
         """The event for one engine chunk; None if there is nothing to tell yet."""
-        if not (chunk.text_delta or chunk.finish_reason or (self.with_logprobs and chunk.token_ids)):
+        per_token = self.with_logprobs or self.with_trace
+        if not (chunk.text_delta or chunk.finish_reason or (per_token and chunk.token_ids)):
             return None
         said = self.shape.part_text(chunk.text_delta)
-        return self._envelope(self.shape.part, [self._choice(choice, said, chunk.logprobs or (), chunk.finish_reason)])
+        answer = self._choice(choice, said, chunk.logprobs or (), chunk.traced(), chunk.finish_reason)
+        return self._envelope(self.shape.part, [answer])
 
     def usage(self, choices: Sequence[Choice], prompts: int) -> Json:
         """The event that `stream_options.include_usage` asks for, after the last choice."""

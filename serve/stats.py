@@ -42,7 +42,7 @@ class Stats:
 
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "abort": 0})
+    finished: dict[str, int] = field(default_factory=lambda: {"stop": 0, "length": 0, "repetition": 0, "abort": 0})
     time_to_first_token: Histogram = field(default_factory=lambda: Histogram(_TTFT_BOUNDS))
     inter_token: Histogram = field(default_factory=lambda: Histogram(_INTER_TOKEN_BOUNDS))
 

@@ -138,6 +138,18 @@ def byte_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
+@pytest.fixture(scope="session")
+def bpe_tokenizer() -> "transformers.PreTrainedTokenizerFast":
+    """The bytes, <eos> (256) and tokens of several letters, some of which begin others: t, th, the, a space before."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("Ġ", "t"), ("Ġt", "h"), ("Ġth", "e"), ("Ġthe", "r"), ("t", "h"), ("th", "e"), ("i", "n"), ("in", "g")]
+    pieces = [*alphabet, "<eos>", *("".join(pair) for pair in pairs)]
+    backend = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
 @pytest.fixture
 def make_llm(tiny_model: Callable[..., Any], byte_tokenizer: Any) -> "Callable[..., LLM]":
     """`make_llm()` is an LLM over a tiny Llama; `make_llm("text")` one that says this text, then eos, to every prompt.

@@ -165,7 +165,7 @@ def test_abort_frees_blocks_at_once(make_llm: MakeLLM) -> None:
     assert engine.blocks.num_free == 64 - 3
     assert engine.abort("a") is None and engine.abort("never") is None
     assert {name for name, _ in engine.step()} == {"b"}
-    assert engine.stats()["finished"] == {"stop": 0, "length": 0, "abort": 1}
+    assert engine.stats()["finished"] == {"stop": 0, "length": 0, "repetition": 0, "abort": 1}
 
 
 def test_the_context_is_lowered_to_the_models(tiny_model: Callable[..., Any], byte_tokenizer: Any) -> None:
@@ -199,7 +199,7 @@ def test_stats_count(make_llm: MakeLLM) -> None:
     said(llm, max_tokens=2)
     stats = llm.engine.stats()
     assert (stats["prompt_tokens"], stats["generation_tokens"]) == (2 + 3 + 6, 4 + 4 + 2)
-    assert stats["finished"] == {"stop": 2, "length": 1, "abort": 0}
+    assert stats["finished"] == {"stop": 2, "length": 1, "repetition": 0, "abort": 0}
     assert (stats["running"], stats["waiting"], stats["kv_usage"], stats["blocks_free"]) == (0, 0, 0.0, 64)
     for name, count in (("time_to_first_token_seconds", 3), ("inter_token_seconds", 7)):
         histogram = stats[name]

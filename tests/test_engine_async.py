@@ -86,7 +86,7 @@ def test_leaving_a_stream_frees_its_blocks(how: str, make_llm: MakeLLM) -> None:
             await until(lambda: engine._mailbox or engine.stats()["running"] == 0)
             permits.release(100)
             await until(lambda: engine.stats()["running"] == 0)
-            assert engine.stats()["finished"] == {"stop": 0, "length": 0, "abort": 1}
+            assert engine.stats()["finished"] == {"stop": 0, "length": 0, "repetition": 0, "abort": 1}
             assert engine.stats()["blocks_free"] == 64
 
     asyncio.run(go())

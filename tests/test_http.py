@@ -14,9 +14,11 @@ import httpx
 import pytest
 from bitsmith.errors import UserError
 from bitsmith.samplers.params import SamplingParams
+from bitsmith.samplers.trace import StepTrace
 from bitsmith.serve.api import create_app
 from bitsmith.serve.engine_async import EngineDeadError
 from bitsmith.serve.outputs import StreamChunk, TokenLogprob
+from bitsmith.serve.presets import read_preset
 from bitsmith.serve.token_text import token_bytes_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -43,6 +45,7 @@ class FakeEngine:
         self.hold = False
         self.failure: Exception | None = None
         self.healthy = True
+        self.trace: tuple[StepTrace, ...] = ()
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.running: set[str] = set()
         self.first_token = asyncio.Event()
@@ -77,7 +80,8 @@ class FakeEngine:
                 logprobs = None if params.logprobs is None else (TokenLogprob(token, -0.5, top[: params.logprobs]),)
                 last = "length" if len(ids) < len(self.reply) else "stop"
                 finish = last if i + 1 == len(ids) else None
-                yield StreamChunk(delta, (token,), logprobs, finish, len(prompt_ids), i + 1)
+                trace = (self.trace,) if params.sampler_trace else None
+                yield StreamChunk(delta, (token,), logprobs, finish, len(prompt_ids), i + 1, trace=trace)
                 self.first_token.set()
                 await (asyncio.Event().wait() if self.hold else asyncio.sleep(0))
         finally:
@@ -436,6 +440,49 @@ def test_single_tokens_of_sentencepiece_keep_their_space(shared: Callable[[str],
     assert b"".join(map(token_bytes, ids)) == " Lily saw \N{GRINNING FACE}".encode()
     assert token_bytes(tokenizer.eos_token_id) == tokenizer.eos_token.encode()
     assert token_bytes(len(tokenizer) + 5) == b""
+
+
+def test_presets_reach_both_endpoints() -> None:
+    text = "{temperature: 0.3, max_tokens: 2, top_k: {override: 7, force: true}}"
+    for path, prompt in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": USER})):
+        engine = FakeEngine()
+        body = {**prompt, "top_k": 1, "temperature": 0.9}
+        call(engine, "POST", f"/v1/{path}", body, preset=read_preset(text, "file"))
+        ((_, params),) = engine.seen
+        assert (params.temperature, params.top_k, params.max_tokens) == (0.9, 7, 2)
+
+
+def test_unknown_samplers_are_named_with_the_nearest() -> None:
+    error = refused("/v1/completions", {"prompt": "a", "sampler_priority": ["temperature", "mn_p"]})
+    assert error["message"] == "sampler_priority: unknown sampler 'mn_p': did you mean min_p?"
+
+
+TRACE = (StepTrace("top_k", 2, 0.25, 1, before=((71, 0.75), (0, 0.2)), after=((71, 1.0),)),)
+TRACED = {
+    "step": "top_k",
+    "removed": 2,
+    "removed_mass": 0.25,
+    "kept": 1,
+    "before": [{"token": "h", "token_id": 71, "prob": 0.75}, {"token": "!", "token_id": 0, "prob": 0.2}],
+    "after": [{"token": "h", "token_id": 71, "prob": 1.0}],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"), [("completions", {"prompt": "a"}), ("chat/completions", {"messages": USER})]
+)
+def test_sampler_traces(path: str, prompt: dict[str, Any]) -> None:
+    engine = FakeEngine()
+    engine.trace = TRACE
+    body = {**prompt, "sampler_trace": True}
+    (choice,) = post(f"/v1/{path}", body, engine).json()["choices"]
+    assert [token["token_id"] for token in choice["sampler_trace"]] == engine.reply
+    assert choice["sampler_trace"][0] == {"token": "h", "token_id": 71, "steps": [TRACED]}
+    parts = events(post(f"/v1/{path}", {**body, "stream": True}, engine))
+    # Half a character has no text yet, and its trace all the same.
+    assert [each for part in parts for each in part["choices"][0]["sampler_trace"]] == choice["sampler_trace"]
+    (plain,) = post(f"/v1/{path}", prompt, engine).json()["choices"]
+    assert "sampler_trace" not in plain
 
 
 async def leave_after_first_token(engine: FakeEngine, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:

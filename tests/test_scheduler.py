@@ -7,7 +7,7 @@ with two owners, a chunk out of order or a preemption that forgets something can
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from bitsmith.errors import UserError
@@ -25,6 +25,8 @@ class Arrival:
     max_tokens: int
     abort: int | None  # steps after its arrival, if the client leaves
     eos: int | None  # the output length at which the model ends it, if it does
+    negative: int = 0  # tokens of its guide's prompt, if it has one
+    rewind: tuple[int, int] | None = None  # at this output length, back to that one, once
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ class Model:
             end = seq.cached + count
             for at in range(end):
                 assert self.slots[self.blocks.slot(seq.blocks, at)] == (seq.request_id, at, seq.ids[at])
-            tokens.append(next_token(seq.request_id, seq.ids) if end == len(seq.ids) else None)
+            complete = end == len(seq.ids) and not seq.is_guide
+            if complete and seq.guide:
+                assert (seq.guide, seq.guide.remaining) in batch, "a sequence is sampled without its guide"
+            tokens.append(next_token(seq.request_id, seq.ids) if complete else None)
         return tokens
 
 
@@ -71,10 +76,11 @@ def check_step(scheduler: Scheduler, batch: list[tuple[Seq, int]], decoding: set
     assert sum(count for _, count in batch) <= scheduler.max_num_batched_tokens
     assert len(batch) == len({seq.request_id for seq, _ in batch}) <= scheduler.max_num_seqs
     assert all(seq.status == "running" and 1 <= count <= seq.remaining for seq, count in batch)
+    assert all(seq.guide.status == seq.status and seq.guide.output == seq.output for seq in live if seq.guide)
     # Decoding rows come first, and nothing is starved: the oldest request advances in every step.
     kinds = [seq.request_id in decoding for seq, _ in batch]
     assert kinds == sorted(kinds, reverse=True)
-    assert live[0] in [seq for seq, _ in batch]
+    assert any(each in [seq for seq, _ in batch] for each in live[0].members)
     assert [seq.request_id for seq in (*scheduler.running, *scheduler.waiting)] == [seq.request_id for seq in live]
     scheduler.check_integrity()
 
@@ -92,7 +98,9 @@ def run_trace(trace: Trace) -> Scheduler:
     while pending or scheduler.has_work:
         while pending and pending[0][1].step <= step:
             number, arrival = pending.pop(0)
-            seq = Seq(str(number), [number + 1] * arrival.prompt, SamplingParams(max_tokens=arrival.max_tokens))
+            guide = Seq(f"{number}000", [7] * arrival.negative, SamplingParams()) if arrival.negative else None
+            params = SamplingParams(max_tokens=arrival.max_tokens)
+            seq = Seq(str(number), [number + 1] * arrival.prompt, params, guide=guide)
             scheduler.add(seq)
             arrivals[seq.request_id] = arrival
             live.append(seq)
@@ -101,14 +109,20 @@ def run_trace(trace: Trace) -> Scheduler:
             if leaves is not None and step >= arrivals[seq.request_id].step + leaves:
                 assert scheduler.abort(seq.request_id) is seq and not seq.blocks and seq.status == "finished"
                 live.remove(seq)
-        decoding = {seq.request_id for seq in scheduler.running if seq.remaining == 1}
+        decoding = {each.request_id for seq in scheduler.running if seq.decoding for each in seq.members}
         batch = scheduler.schedule()
         assert bool(batch) == bool(live)
         if batch:
             check_step(scheduler, batch, decoding, live)
-            started += [seq.request_id for seq, _ in batch if seq.request_id not in started]
+            ran = [seq.request_id.removesuffix("000") for seq, _ in batch]
+            started += [name for name in dict.fromkeys(ran) if name not in started]
             scheduler.update(batch, model.run(batch))
-        for seq in [seq for seq, _ in batch]:
+        for seq in [seq for seq, _ in batch if not seq.is_guide]:
+            back = arrivals[seq.request_id].rewind
+            if back and back[0] == seq.num_output:
+                arrivals[seq.request_id] = replace(arrivals[seq.request_id], rewind=None)
+                scheduler.rewind(seq, back[1])
+                scheduler.check_integrity()
             if seq.at_limit or seq.num_output == arrivals[seq.request_id].eos:
                 assert len(seq.ids) <= min(seq.num_prompt + seq.params.max_tokens, trace.max_model_len)  # type: ignore[operator]
                 expected = seq.prompt
@@ -119,7 +133,8 @@ def run_trace(trace: Trace) -> Scheduler:
                 live.remove(seq)
         step += 1
         # The oldest advances by a token in every step and is never set back.
-        assert step <= trace.arrivals[-1].step + sum(each.prompt + each.max_tokens + 1 for each in trace.arrivals)
+        work = sum(each.prompt + each.negative + 2 * each.max_tokens + 1 for each in trace.arrivals)
+        assert step <= trace.arrivals[-1].step + work
     order = [name for name in arrivals if name in started]
     assert started == order, "a request started before an older one"
     blocks.check_integrity()
@@ -132,17 +147,25 @@ def random_trace(rng: random.Random) -> Trace:
     max_model_len = rng.randint(2, 40)
     longest = min(max_model_len - 1, num_blocks * block_size)
     max_num_seqs = rng.randint(1, 6)
-    arrivals = [
-        Arrival(
+    paired = max_num_seqs > 1 and num_blocks > 1
+    half = min(max_model_len - 1, num_blocks // 2 * block_size)
+
+    def arrival() -> Arrival:
+        negative = rng.randint(1, min(5, half)) if paired and rng.random() < 0.3 else 0
+        most = half if negative else longest
+        rewind = (rng.randint(1, 8), 0) if rng.random() < 0.3 else None
+        return Arrival(
             step=rng.randint(0, 8),
             # Mostly short: many sequences at once and long outputs are what empties a pool.
-            prompt=rng.randint(1, rng.choice((min(3, longest), min(3, longest), longest))),
+            prompt=rng.randint(1, rng.choice((min(3, most), min(3, most), most))),
             max_tokens=rng.randint(1, 20),
             abort=rng.randint(0, 20) if rng.random() < 0.2 else None,
             eos=rng.randint(1, 20) if rng.random() < 0.3 else None,
+            negative=negative,
+            rewind=rewind and (rewind[0], rng.randint(0, rewind[0] - 1)),
         )
-        for _ in range(rng.randint(1, 9))
-    ]
+
+    arrivals = [arrival() for _ in range(rng.randint(1, 9))]
     budget = max_num_seqs + rng.choice((0, 1, 3, 30))
     arrivals.sort(key=lambda each: each.step)
     return Trace(num_blocks, block_size, max_num_seqs, budget, max_model_len, arrivals)
@@ -177,7 +200,7 @@ def step(scheduler: Scheduler) -> list[tuple[str, int]]:
     """One step in which every complete row samples token 0 -> (request_id, number of tokens) as scheduled."""
     batch = scheduler.schedule()
     shown = [(seq.request_id, count) for seq, count in batch]
-    scheduler.update(batch, [0 if count == seq.remaining else None for seq, count in batch])
+    scheduler.update(batch, [0 if count == seq.remaining and not seq.is_guide else None for seq, count in batch])
     return shown
 
 
@@ -254,6 +277,38 @@ def test_limits() -> None:
     assert add(scheduler, "by the pool", 3, None).limit == 9
     assert make(max_model_len=6).blocks.capacity == 16
     assert add(make(max_model_len=6), "by the context", 3, 100).limit == 6
+
+
+def test_a_guide_runs_with_its_sequence_and_leaves_with_it() -> None:
+    scheduler = make(num_blocks=20, budget=6)
+    guide = Seq("g", [9] * 7, SamplingParams())
+    seq = Seq("a", [1] * 3, SamplingParams(), guide=guide)
+    scheduler.add(seq)
+    add(scheduler, "b", 1)
+    # Neither runs its last token before the other can.
+    assert step(scheduler) == [("a", 2), ("g", 4)]
+    assert step(scheduler) == [("a", 1), ("g", 3), ("b", 1)]
+    assert seq.output == guide.output == [0]
+    assert step(scheduler) == [("a", 1), ("g", 1), ("b", 1)]
+    scheduler.rewind(seq, 0)
+    assert (seq.cached, guide.cached, seq.output, guide.output) == (2, 6, [], [])
+    assert (len(seq.blocks), len(guide.blocks)) == (2, 4)
+    assert step(scheduler) == [("a", 1), ("g", 1), ("b", 1)]
+    scheduler.finish(seq)
+    assert guide.status == "finished" and guide.blocks == [] == seq.blocks
+    scheduler.check_integrity()
+
+
+def test_guides_that_can_never_run_are_refused() -> None:
+    for scheduler, sizes, message in (
+        (make(max_num_seqs=1), (3, 3), "guidance_scale runs two sequences: serve with --max-num-seqs 2 or more"),
+        (make(max_model_len=8), (3, 8), "negative_prompt has 8 tokens and the context holds 8, completion included"),
+        (make(), (8, 9), "the prompt has 8 tokens, negative_prompt 9, and the whole KV cache holds 16"),
+    ):
+        with pytest.raises(UserError) as error:
+            scheduler.check(*sizes)
+        assert str(error.value).startswith(message)
+    make().check(8, 8)
 
 
 def test_seeds_come_from_the_parameters_or_are_drawn() -> None:

@@ -163,6 +163,7 @@ def test_port_in_use_is_told_before_the_model_is_loaded(server: Running, capsys:
         (["--host", "999.1.1.1"], "cannot listen on 999.1.1.1:8000"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml: "),
         (["--chat-template", "/no/such.jinja"], "--chat-template /no/such.jinja: "),
+        (["--sampler-preset", "/no/such.yaml"], "--sampler-preset /no/such.yaml: "),
         (["--prt", "1"], "unknown argument '--prt': did you mean --port?"),
     ],
 )
@@ -198,6 +199,23 @@ def test_generate_prints_one_json_object(tiny: Path, capsys: pytest.CaptureFixtu
     assert [len(entry["top"]) for entry in result["logprobs"]] == [2] * 5
     assert main([*line, "--min-p", "2"]) == 2
     assert "min_p must be a number between 0 and 1, not 2.0" in capsys.readouterr().err
+
+
+def test_generate_explains_each_token(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["generate", str(tiny), "-p", "abc", "--max-tokens", "3", "--ignore-eos", "--device", "cpu", "--seed", "1"]
+    line += ["--temperature", "0.7", "--top-k", "4", "--trace"]
+    assert main([*line, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [token["token_id"] for token in result["sampler_trace"]] == result["token_ids"]
+    for token in result["sampler_trace"]:
+        temperature, top_k = token["steps"]
+        assert (temperature["step"], temperature["removed"]) == ("temperature", 0)
+        assert (top_k["step"], top_k["kept"], top_k["removed"]) == ("top_k", 4, 253)
+        assert sum(each["prob"] for each in top_k["after"]) == pytest.approx(1)
+        assert token["token_id"] in [each["token_id"] for each in top_k["after"]]
+    assert main(line) == 0
+    out = capsys.readouterr().out
+    assert out.count("(model)") == 3 and len(re.findall(r"^  top_k +253 +0\.\d{3} +4  ", out, re.M)) == 3
 
 
 def test_chat_on_piped_input(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
