@@ -216,13 +216,19 @@ def _pointers(spec: Spec) -> Parts:
         codes="*i32",
         scales=scales,
         zeros=_POINTERS.get(spec.zero.removeprefix("z")),
-        table=_POINTERS["f32" if spec.table in VALUES else "f16"] if spec.family == "codebook" else None,
+        table=_table_pointer(spec) if spec.family == "codebook" else None,
         super_scales=_POINTERS[level[0]] if level else None,
         scale_table="*fp32" if mapped else None,
         scale_offset="*fp32" if mapped else None,
         mins=scales if spec.zero == "min" else None,
         super_mins=_POINTERS[level[0]] if level and spec.zero == "min" else None,
     )
+
+
+def _table_pointer(spec: Spec) -> str:
+    if spec.grid_code is not None:
+        return "*i8"
+    return _POINTERS["f32" if spec.table in VALUES else "f16"]
 
 
 def _cost(asm: dict[str, Any]) -> dict[str, int | None]:

@@ -193,12 +193,12 @@ def stack(experts: Sequence[Any]) -> GroupedMatmul | None:
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """[E, ...]; equal small tensors (a table) stay one, seen E times."""
+    """[E, ...]; one tensor, or small ones that are equal (a table), stays one, seen E times."""
     first = tensors[0]
     if first is None:
         return None
     held = [t for t in tensors if t is not None]
-    if first.numel() <= 256 and all(torch.equal(t, first) for t in held[1:]):
+    if all(t is first or (first.numel() <= 256 and torch.equal(t, first)) for t in held[1:]):
         return first.expand(len(held), *first.shape)
     return torch.stack(held)
 
