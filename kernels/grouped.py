@@ -259,7 +259,12 @@ multiply = ops.define(
 
 # 8 experts of 64 tokens' two choices, and one token with 8 of 128 experts.
 _AOT = ((128, 64, 2), (8, 128, 8))
-_AOT_SPECS = ("affine4.g128.asym", "minifloat8.e4m3.channel.f32", "codebook4.nf4.g64.u8:f32:256")
+_AOT_SPECS = (
+    "affine4.g128.asym",
+    "affine4.g32.min.u6:f16:8",
+    "minifloat8.e4m3.channel.f32",
+    "codebook4.nf4.g64.u8:f32:256",
+)
 
 
 @cache

@@ -1,8 +1,9 @@
 """QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
-device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 4- and 6-bit codes of two-level
-scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02). Nothing is expanded:
+device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 3-, 4- and 6-bit codes of two-level
+scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02, IQ3 1.04, IQ2 1.06 to
+1.11, IQ1_S 1.16, IQ1_M 1.18), and for the vectors of a named grid, once a device. Nothing is expanded:
 a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 
