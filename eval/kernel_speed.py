@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import bits
+from ..kernels.codebook import FIXED
 from ..kernels.dispatch import prepare
-from ..kernels.families import family, scale_dtype, scale_shape
+from ..kernels.families import family, one_level_parts, scale_dtype, scale_shape
 from ..kernels.qtensor import QTensor, matrix_shape
 from ..kernels.spec import Spec
 from .kernel_peers import PEERS, Product
@@ -33,7 +35,8 @@ ROWS = (1, 2, 4, 8, 16, 64, 256, 2048)
 SPECS = (
     "affine2.g64.asym", "affine3.g128.asym", "affine4.g128.asym", "affine8.channel.sym", "affine8.channel.sym.a8",
     "minifloat8.e4m3.channel.f32", "minifloat8.e4m3.g128x128.f32", "codebook4.nf4.g64.f32",
-    "codebook16.v8.channel", "trellis4.mcg",
+    "codebook16.v8.channel", "trellis4.mcg", "affine4.g32.min.u6:f16:8", "affine6.g16.sym.s8:f16:16",
+    "codebook26.iq3s.v8.g32.u4:f16:8", "minifloat4.e2m1.g16.ue4m3",
 )  # fmt: skip
 OURS, DENSE = "bitsmith", "linear"
 _SAMPLES = 7
@@ -154,14 +157,20 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
         )
     parts = {"codes": words(matrix[0], -(-(matrix[1] // spec.vec) * spec.width // 32))}
     grid = scale_shape(spec, matrix)
-    if spec.two_level:
-        raise ValueError(f"{spec}: no random two-level scales here")
-    dtype = scale_dtype(spec.scale)
-    drawn = torch.rand(grid, device=device) / 64 + 1e-3
-    parts["scales"] = drawn.to(dtype) if dtype.is_floating_point else torch.full_like(drawn, 120, dtype=dtype)
+    for name in ("scales", "mins") if spec.zero == "min" else ("scales",):
+        drawn = torch.rand(grid, device=device) / 64 + 1e-3
+        if spec.two_level is None:
+            parts[name] = one_level_parts(spec, drawn)
+            continue
+        width, (dtype, per) = spec.scale_code[0], spec.two_level
+        codes = words(grid[0], bits.words(grid[1], width))
+        parts[name] = codes.view(torch.uint8)[:, : grid[1]].contiguous() if width == 8 else codes
+        parts[f"super_{name}"] = (drawn.flatten()[: -(-drawn.numel() // per)] / (1 << width)).to(scale_dtype(dtype))
     if spec.zero == "asym":
         parts["zeros"] = torch.randint(0, 1 << spec.bits, grid, dtype=torch.uint8, device=device)
-    if spec.family == "codebook":
+    if spec.family == "codebook" and spec.table not in FIXED:
+        if spec.two_level:
+            parts |= {"scale_table": torch.rand(256, device=device), "scale_offset": torch.zeros((), device=device)}
         size = (1 << spec.bits,) if spec.vec == 1 else (spec.books, 1 << spec.bits, spec.vec)
         parts["table"] = torch.randn(size, device=device)
     return QTensor(spec, shape, parts)

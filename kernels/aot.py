@@ -41,7 +41,7 @@ CUDA = (60, 70, 75, 80, 86, 89, 90, 100, 120)
 HIP = {"gfx942": 64, "gfx1100": 32}
 TARGETS = (*(f"sm_{c}" for c in CUDA), *HIP)
 
-# Every width, group shape, zero point and scale storage at least once.
+# Every width, group shape, zero point, scale storage and kind of table at least once.
 SPECS = (
     "affine1.g128.sym",
     "affine2.g64.asym",
@@ -55,15 +55,28 @@ SPECS = (
     "affine6.g128.asym",
     "affine7.g128.asym",
     "affine8.g128.asym",
+    "affine2.g64.one",
+    "affine4.g32.min",
+    "affine4.g32.min.u6:f16:8",
+    "affine6.g16.sym.s8:f16:16",
     "minifloat8.e4m3.channel.f32",
     "minifloat8.e4m3.g128x128.f32",
     "minifloat8.e5m2.tensor.f32",
+    "minifloat4.e2m1.g32.e8m0",
+    "minifloat4.e2m1.g16.ue4m3",
     "codebook4.nf4.g64.f32",
     "codebook4.nf4.g64.u8:f32:256",
+    "codebook1.sign.g128",
+    "codebook4.iq4nl.g32.s6:f16:8",
     "codebook4.rowtable.channel",
     "codebook8.v8.x2.channel",
     "codebook12.v8.channel",
     "codebook16.v8.channel",
+    "codebook12.iq1s.v8.g32.u3:f16:8",
+    "codebook15.iq2xxs.v8.g32.u4:f16:8",
+    "codebook18.iq2s.v8.g16.u4:f16:16",
+    "codebook23.iq3xxs.v8.g32.u4:f16:8",
+    "codebook26.iq3s.v8.g32.u4:f16:8",
     "trellis1.3inst",
     "trellis2.mcg",
     "trellis3.mcg",
@@ -216,13 +229,19 @@ def _pointers(spec: Spec) -> Parts:
         codes="*i32",
         scales=scales,
         zeros=_POINTERS.get(spec.zero.removeprefix("z")),
-        table=_POINTERS["f32" if spec.table in VALUES else "f16"] if spec.family == "codebook" else None,
+        table=_table_pointer(spec) if spec.family == "codebook" else None,
         super_scales=_POINTERS[level[0]] if level else None,
         scale_table="*fp32" if mapped else None,
         scale_offset="*fp32" if mapped else None,
         mins=scales if spec.zero == "min" else None,
         super_mins=_POINTERS[level[0]] if level and spec.zero == "min" else None,
     )
+
+
+def _table_pointer(spec: Spec) -> str:
+    if spec.grid_code is not None:
+        return "*i8"
+    return _POINTERS["f32" if spec.table in VALUES else "f16"]
 
 
 def _cost(asm: dict[str, Any]) -> dict[str, int | None]:

@@ -7,10 +7,11 @@ loads; a load per code 36 | 71, of which Triton stages 64 through cp.async; a ga
 a tree of selects 20 | 25 loads and 2.5 times the instructions.
 
 Vectors and longer tables are loaded from global memory, where caches hold them (AQLM 1x16: 1 MB): a vector of 8
-float16 is one load of 16 bytes. A table for each row is metadata of the row, hence looked up by `scale`.
+float16 is one load of 16 bytes. A named grid is bytes, 1 to 16 KB: a vector of 8 is one load of 8 bytes or two of 4,
+and its signs are arithmetic. A table for each row is metadata of the row, hence looked up by `scale`.
 """
 
-from . import tiles
+from . import grids, tiles
 from .lang import jit, tl
 
 
@@ -18,6 +19,8 @@ from .lang import jit, tl
 def value(codes, parts, SPEC: tl.constexpr):
     if SPEC.table == "rowtable":
         return codes
+    elif SPEC.grid_code is not None:
+        return _grid(codes, parts.table, SPEC).reshape(codes.shape[0] * SPEC.vec, codes.shape[1])
     elif SPEC.vec > 1:
         BOOKS: tl.constexpr = SPEC.books
         total = _vectors(codes, parts.table, SPEC)
@@ -37,6 +40,25 @@ def _vectors(codes, table, SPEC: tl.constexpr):
     """float32 [codes, vec, BN] of one book, whose codes are the low bits."""
     entry = (codes & ((1 << SPEC.bits) - 1)) * SPEC.vec
     return tl.load(table + entry[:, None, :] + tl.arange(0, SPEC.vec)[None, :, None]).to(tl.float32)
+
+
+@jit
+def _grid(codes, table, SPEC: tl.constexpr):
+    """float32 [codes, 8, BN] of a named grid, as `grids.value` has them."""
+    GRID: tl.constexpr = SPEC.grid_code
+    WIDE: tl.constexpr = 8 // GRID.indices
+    wide, lane = codes[:, None, :], tl.arange(0, 8)[None, :, None]
+    index = (wide >> (lane // WIDE * GRID.index_bits)) & ((1 << GRID.index_bits) - 1)
+    found = tl.load(table + index * WIDE + lane % WIDE).to(tl.float32)
+    rest = codes >> (GRID.index_bits * GRID.indices)
+    if GRID.signs == 0:
+        return found + (grids.SHIFT - 2 * grids.SHIFT * (rest & 1).to(tl.float32))[:, None, :]
+    else:
+        if GRID.signs == 7:
+            parity = rest ^ (rest >> 4)
+            parity ^= parity >> 2
+            rest |= ((parity ^ (parity >> 1)) & 1) << 7
+        return found * (1 - 2 * ((rest[:, None, :] >> lane) & 1)).to(tl.float32)
 
 
 @jit

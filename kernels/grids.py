@@ -10,41 +10,23 @@ The vectors are llama.cpp's (MIT), as the `gguf` package holds them; they were f
 them. Scale codes of these tables stand for odd multiples of half a step: (code + 1/2) * factor.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from .spec import GRIDS
+
 SHIFT = 0.125
-
-
-@dataclass(frozen=True)
-class Table:
-    """How a code of one named grid is read."""
-
-    # Class of gguf.quants that holds the vectors.
-    source: str
-    index_bits: int
-    # Indices of a code.
-    indices: int
-    # Sign bits: 8, 7, or 0 where there is a shift bit instead.
-    signs: int
-    factor: float
-
-    @property
-    def bits(self) -> int:
-        return self.index_bits * self.indices + (self.signs or 1)
-
-
-TABLES = {
-    "iq2xxs": Table("IQ2_XXS", 8, 1, 7, 0.25),
-    "iq2xs": Table("IQ2_XS", 9, 1, 7, 0.25),
-    "iq2s": Table("IQ2_S", 10, 1, 8, 0.25),
-    "iq3xxs": Table("IQ3_XXS", 8, 2, 7, 0.5),
-    "iq3s": Table("IQ3_S", 9, 2, 8, 2.0),
-    "iq1s": Table("IQ1_S", 11, 1, 0, 2.0),
-    "iq1m": Table("IQ1_M", 11, 1, 0, 2.0),
+# Class of gguf.quants that holds the vectors.
+SOURCES = {
+    "iq2xxs": "IQ2_XXS",
+    "iq2xs": "IQ2_XS",
+    "iq2s": "IQ2_S",
+    "iq3xxs": "IQ3_XXS",
+    "iq3s": "IQ3_S",
+    "iq1s": "IQ1_S",
+    "iq1m": "IQ1_M",
 }
 
 
@@ -57,7 +39,7 @@ def vectors(name: str, device: torch.device | str = "cpu") -> Tensor:
 def _vectors(name: str) -> Tensor:
     from gguf import quants
 
-    source = getattr(quants, TABLES[name].source)
+    source = getattr(quants, SOURCES[name])
     source.init_grid()
     return torch.from_numpy(source.grid).reshape(source.grid_shape).clone()
 
@@ -74,7 +56,7 @@ def signs(bits: int) -> Tensor:
 
 def value(name: str, codes: Tensor) -> Tensor:
     """codes int32 [R, V] -> float32 [R, V, 8]."""
-    table, entries = TABLES[name], vectors(name, codes.device)
+    table, entries = GRIDS[name], vectors(name, codes.device)
     mask = (1 << table.index_bits) - 1
     found = torch.cat([entries[codes >> (i * table.index_bits) & mask] for i in range(table.indices)], -1)
     rest = codes >> (table.index_bits * table.indices)
@@ -85,4 +67,4 @@ def value(name: str, codes: Tensor) -> Tensor:
 
 def scale_numbers(name: str, codes: Tensor) -> Tensor:
     """What the codes of a grid's two-level scales stand for, float32, exact."""
-    return (codes.float() + 0.5) * TABLES[name].factor
+    return (codes.float() + 0.5) * GRIDS[name].factor

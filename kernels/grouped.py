@@ -193,12 +193,12 @@ def stack(experts: Sequence[Any]) -> GroupedMatmul | None:
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """[E, ...]; equal small tensors (a table) stay one, seen E times."""
+    """[E, ...]; one tensor, or small ones that are equal (a table), stays one, seen E times."""
     first = tensors[0]
     if first is None:
         return None
     held = [t for t in tensors if t is not None]
-    if first.numel() <= 256 and all(torch.equal(t, first) for t in held[1:]):
+    if all(t is first or (first.numel() <= 256 and torch.equal(t, first)) for t in held[1:]):
         return first.expand(len(held), *first.shape)
     return torch.stack(held)
 
@@ -259,7 +259,12 @@ multiply = ops.define(
 
 # 8 experts of 64 tokens' two choices, and one token with 8 of 128 experts.
 _AOT = ((128, 64, 2), (8, 128, 8))
-_AOT_SPECS = ("affine4.g128.asym", "minifloat8.e4m3.channel.f32", "codebook4.nf4.g64.u8:f32:256")
+_AOT_SPECS = (
+    "affine4.g128.asym",
+    "affine4.g32.min.u6:f16:8",
+    "minifloat8.e4m3.channel.f32",
+    "codebook4.nf4.g64.u8:f32:256",
+)
 
 
 @cache

@@ -69,7 +69,7 @@ def supports(q: QTensor) -> bool:
 
 def pack(q: QTensor) -> GridLinear:
     """The product of `q`; `supports(q)` must be true."""
-    spec, table = q.spec, grids.TABLES[q.spec.table]
+    spec, table = q.spec, GRIDS[q.spec.table]
     parts = {name: part.contiguous() for name, part in q.parts.items()}
     vectors, signs, step = _tables(spec.table)
     weight = _Weight(
@@ -89,7 +89,7 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
 
     Where a shift is part of the code it is part of the index here: numbers are then eighths.
     """
-    table = grids.TABLES[name]
+    table = GRIDS[name]
     if table.signs:
         negative = grids.signs(table.signs) < 0
         return grids.vectors(name).to(torch.int8), negative.to(torch.uint8) * 255, 1.0

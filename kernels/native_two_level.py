@@ -1,5 +1,5 @@
 """Products of the native library for scales that are small integers times one float of 256 inputs (GGUF's K-quants and
-IQ4_XS), with int8 activations: cpp/two_level.h.
+IQ4_XS), with int8 activations: cpp/two_level.h (AVX2), two_level512.h (AVX-512), neon_two_level.h.
 
     weight   2 to 6 bits in groups of 16 or 32, scales of 4, 6 or 8 bits, a float16 super scale for 256 inputs; mins
              of the same kind, a fixed zero point, or the IQ4_NL table

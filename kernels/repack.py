@@ -1,18 +1,20 @@
 """QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
-device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 4- and 6-bit codes of two-level
-scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02). Nothing is expanded:
+device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 3-, 4- and 6-bit codes of two-level
+scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02, IQ3 1.04, IQ2 1.06 to
+1.11, IQ1_S 1.16, IQ1_M 1.18), and for the vectors of a named grid, once a device. Nothing is expanded:
 a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from . import bits
+from . import bits, grids
 from .codebook import FIXED, table
 from .families import family, level_codes
 from .lang import HAVE_TRITON, INSTALL
@@ -52,8 +54,6 @@ def layout_problem(q: QTensor) -> str:
     spec = q.spec
     if spec.view == "axis0":
         return f"{spec}: groups along axis 0 give each input its own scale, so a tile has as many scales as weights"
-    if spec.table in GRIDS:
-        return f"{spec}: the kernels have no decoder for codes of a grid"
     if spec.view == "flat" and (q.shape[1] % spec.group or not whole_words(spec, spec.group)):
         return f"{spec}: rows of {q.shape[1]} are not whole groups, so groups straddle rows"
     return ""
@@ -78,7 +78,7 @@ def pack(q: QTensor) -> Packed:
     n, k = inner.shape
     parts = dict(inner.parts)
     if spec.table in FIXED:
-        parts["table"] = table(spec).to(parts["codes"].device)
+        parts["table"] = _fixed(spec, parts["codes"].device)
     for name in _LEVELS:
         if name in parts and spec.two_level:
             parts[name] = level_codes(spec, parts[name], parts[f"super_{name}"])
@@ -110,6 +110,14 @@ def unpack(packed: Packed) -> QTensor:
         parts = {name: t.reshape(rows, -1) if name in ("codes", *_METADATA) else t for name, t in parts.items()}
     inner = QTensor(packed.original.without_steps(), packed.shape, parts)
     return with_steps(inner, packed.original, packed.weight_shape, packed.sides)
+
+
+@cache
+def _fixed(spec: Spec, device: torch.device) -> Tensor:
+    """A table that no tensor holds, in the dtype devices read: one for all weights, so that caches hold it once."""
+    if spec.table in GRIDS:
+        return grids.vectors(spec.table).to(device, torch.int8)
+    return table(spec).to(device)
 
 
 def _planes(stream: Tensor, spec: Spec, k: int) -> Tensor:

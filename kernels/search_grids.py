@@ -18,7 +18,7 @@ from . import grids
 from .grid import Params
 from .search import Levels, scaled
 from .search_levels import Found, by_pieces, check_groups, held, params, spread_weight
-from .spec import Spec
+from .spec import GRIDS, GridCode, Spec
 
 # Fractions of the scale at which the largest number of a group is the grid's largest, tried in turn.
 _TRIES = (0.6, 0.7, 0.8, 0.9, 1.0)
@@ -51,7 +51,7 @@ def fit(w: Tensor, spec: Spec, weight: Tensor | None) -> Params:
 
 def _sides(name: str, device: torch.device) -> list[_Side]:
     """What a group chooses between: one set of vectors, or (one shift for the whole group) two."""
-    table, vectors = grids.TABLES[name], grids.vectors(name, device)
+    table, vectors = GRIDS[name], grids.vectors(name, device)
     if table.signs:
         return [_Side(vectors, 0)]
     shifted = [_Side(vectors + grids.SHIFT, 0), _Side(vectors - grids.SHIFT, 1 << table.index_bits)]
@@ -61,7 +61,7 @@ def _sides(name: str, device: torch.device) -> list[_Side]:
 def _search(x: Tensor, weight: Tensor, spec: Spec) -> Found:
     level = spec.two_level
     assert level is not None
-    table, rows = grids.TABLES[spec.table], x.shape[0]
+    table, rows = GRIDS[spec.table], x.shape[0]
     importance = spread_weight(x, weight, spec.group * level[1]).view(-1, spec.group)
     numbers = x.reshape(-1, spec.group)
     signs = None
@@ -126,7 +126,7 @@ def _nearest(numbers: Tensor, importance: Tensor, scale: Tensor, side: _Side) ->
     return _Choice(index.view(groups, -1), (wx * found).sum(1), (importance * found * found).sum(1))
 
 
-def _codes(index: Tensor, signs: Tensor | None, table: grids.Table) -> Tensor:
+def _codes(index: Tensor, signs: Tensor | None, table: GridCode) -> Tensor:
     """Indices [B, group / v] and sign bits [B, group / 8] -> codes int32 [B, group / 8]."""
     parts = index.view(index.shape[0], -1, table.indices).int()
     code = sum((parts[..., i] << (i * table.index_bits) for i in range(1, table.indices)), parts[..., 0])
@@ -137,7 +137,7 @@ def _store(spec: Spec, values: Tensor, sharp: Tensor) -> tuple[Tensor, Found]:
     """Scales [B] >= 0 as they will be decoded, and the codes and float16 they are decoded from."""
     level = spec.two_level
     assert level is not None
-    factor, top = grids.TABLES[spec.table].factor, (1 << spec.scale_code[0]) - 1
+    factor, top = GRIDS[spec.table].factor, (1 << spec.scale_code[0]) - 1
     nearest: Callable[[Tensor], Tensor] = lambda t: ((t / factor - 0.5).round_().clamp_(0, top) + 0.5) * factor  # noqa: E731
     most = (top + 0.5) * factor
     levels = Levels(nearest, [most + step * factor for step in (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5)])

@@ -46,8 +46,35 @@ TABLES = {
     "iq4nl": ("codebook", 4),
     "sign": ("codebook", 1),
 }
-# Codebook: grids of vectors of 8, whose codes hold an index and signs (kernels/grids.py) -> bits of a code.
-GRIDS = {"iq2xxs": 15, "iq2xs": 16, "iq2s": 18, "iq3xxs": 23, "iq3s": 26, "iq1s": 12, "iq1m": 12}
+
+
+@dataclass(frozen=True)
+class GridCode:
+    """How a code of a named grid, which stands for 8 weights, is read, lowest bits first (kernels/grids.py)."""
+
+    # Of one index: into vectors of 8 where a code has one index, of 4 where it has two.
+    index_bits: int
+    indices: int
+    # Sign bits: 8, 7, or 0 where there is a shift bit instead.
+    signs: int
+    # The codes of two-level scales stand for (code + 1/2) * factor.
+    factor: float
+
+    @property
+    def bits(self) -> int:
+        return self.index_bits * self.indices + (self.signs or 1)
+
+
+# Codebook: named grids of vectors, whose codes hold indices and signs.
+GRIDS = {
+    "iq2xxs": GridCode(8, 1, 7, 0.25),
+    "iq2xs": GridCode(9, 1, 7, 0.25),
+    "iq2s": GridCode(10, 1, 8, 0.25),
+    "iq3xxs": GridCode(8, 2, 7, 0.5),
+    "iq3s": GridCode(9, 2, 8, 2.0),
+    "iq1s": GridCode(11, 1, 0, 2.0),
+    "iq1m": GridCode(11, 1, 0, 2.0),
+}
 # Codebook: a table for every output row, of any width up to 8 bits.
 ROW_TABLE = "rowtable"
 # Trellis: the functions from a 16-bit state to a value, of any width.
@@ -137,7 +164,7 @@ class Spec:
         accepted = [name for name, kind in TABLES.items() if kind == (self.family, self.bits) and self.vec == 1]
         if self.family == "codebook":
             if (self.vec, self.books) == (8, 1):
-                accepted += [name for name, bits in GRIDS.items() if bits == self.bits]
+                accepted += [name for name, code in GRIDS.items() if code.bits == self.bits]
             accepted += [ROW_TABLE, ""]
         elif self.family == "trellis":
             accepted += STATE_VALUES
@@ -174,6 +201,11 @@ class Spec:
         match = _TWO_LEVEL.fullmatch(self.scale)
         assert match, self.scale
         return int(match[2]), 1 << (int(match[2]) - 1) if match[1] == "s" else 0
+
+    @property
+    def grid_code(self) -> GridCode | None:
+        """How codes of the spec's named grid are read, or None where its table is none."""
+        return GRIDS.get(self.table)
 
     @property
     def width(self) -> int:

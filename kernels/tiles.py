@@ -13,7 +13,8 @@ A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a 
             The trellis keeps tiles of its own (trellis_device.py).
     scales, zeros, mins   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; the trellis has none.
                     The codes of two levels are bytes here, however narrow
-    table           [2**bits], [N, 2**bits] or [books, 2**bits, vec], any float dtype
+    table           [2**bits], [N, 2**bits] or [books, 2**bits, vec], any float dtype; of a named grid int8
+                    [2**index_bits, 8 / indices], one for all weights of a device
     super_scales, scale_table, scale_offset   second level of the scales, by the row-major order of [R', G]
     super_mins      that of the mins
     global_scale    [1], multiplies one-level scales
@@ -155,6 +156,8 @@ def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
     else:
         if parts.scale_table is not None:
             code = tl.load(parts.scale_table + stored.to(tl.int32))
+        elif SPEC.grid_code is not None:
+            code = (stored.to(tl.float32) + 0.5) * SPEC.grid_code.factor
         else:
             code = stored.to(tl.float32) - SPEC.scale_code[1]
         effective = code * _supers(parts.super_scales, g, rn, N, K, SPEC)

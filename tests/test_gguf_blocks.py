@@ -118,11 +118,9 @@ def test_products_with_16_bit_activations(name: str, path: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_device_layout_says_what_it_cannot_hold(name: str) -> None:
+def test_device_layout_holds_every_type(name: str) -> None:
     q = random_qtensor(name, (16, 512))
-    if problem := repack.layout_problem(q):
-        assert problem.startswith(str(q.spec))
-        return
+    assert repack.layout_problem(q) == ""
     back = repack.unpack(repack.pack(q))
     assert back.spec == q.spec and all(torch.equal(back.parts[part], t) for part, t in q.parts.items())
 

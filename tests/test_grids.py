@@ -7,13 +7,12 @@ from bitsmith.kernels.spec import GRIDS
 from gguf import quants
 
 
-@pytest.mark.parametrize("name", grids.TABLES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_codes_element_by_element(name: str) -> None:
-    table = grids.TABLES[name]
-    assert table.bits == GRIDS[name]
+    table = GRIDS[name]
     codes = torch.randint(0, 1 << table.bits, (4, 16), dtype=torch.int32)
     found = grids.value(name, codes)
-    source = getattr(quants, table.source)
+    source = getattr(quants, grids.SOURCES[name])
     source.init_grid()
     vectors = source.grid.reshape(source.grid_shape)
     for row, column in ((r, c) for r in range(4) for c in range(16)):

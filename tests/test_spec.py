@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 KINDS = (
     [("affine", b, "", 1, 1) for b in range(1, 9)]
     + [(kind, b, name, 1, 1) for name, (kind, b) in TABLES.items()]
-    + [("codebook", b, name, 8, 1) for name, b in GRIDS.items()]
+    + [("codebook", code.bits, name, 8, 1) for name, code in GRIDS.items()]
     + [("codebook", b, "", 1, 1) for b in (2, 16)]
     + [("codebook", 16, "", 8, 1), ("codebook", 8, "", 8, 2), ("codebook", 12, "", 4, 2), ("codebook", 4, "", 2, 8)]
 )

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from bitsmith.kernels import repack, transform, transform_device
+from bitsmith.kernels import bits, grouped, repack, transform, transform_device
 from bitsmith.kernels.cuda import CudaMatmul
 from bitsmith.kernels.dispatch import prepare
+from bitsmith.kernels.families import scale_shape
 from bitsmith.kernels.qtensor import QTensor, core
 from bitsmith.kernels.spec import GRIDS, STATE_VALUES, Spec
+from bitsmith.kernels.tiles import Parts
 from bitsmith.quant_formats import gguf_blocks
 from torch import Tensor
 
@@ -31,7 +33,6 @@ helpers, codebooks, trellises, steps, gguf_bytes = map(
 )
 _poison = helpers._poison
 EXL3 = trellises.EXL3
-GGUF = [name for name, block in gguf_blocks.BLOCKS.items() if block.spec.table not in GRIDS]
 
 
 def check_decode(q: QTensor) -> None:
@@ -82,17 +83,56 @@ def test_codebook_product(text: str, rows: int) -> None:
     check_product(codebooks.random_codebook(text, (39, 172)), rows, torch.float16)
 
 
+def random_grid(name: str, shape: tuple[int, int], scale: str) -> QTensor:
+    spec = Spec.parse(f"codebook{GRIDS[name].bits}.{name}.v8.g32.{scale}")
+    codes = torch.randint(0, 1 << spec.bits, (shape[0], -(-shape[1] // 8)))
+    scales = helpers.random_scales(spec, scale_shape(spec, shape))
+    kept = {part: scales[part] for part in scales.keys() & {"scales", "super_scales"}}
+    return QTensor(spec, shape, {"codes": bits.pack(codes, spec.bits), **kept})
+
+
+@pytest.mark.parametrize("scale", ["f16", "u8:f16:8"])
+@pytest.mark.parametrize("shape", [(1, 1), (37, 75), (70, 192)])
+@pytest.mark.parametrize("name", GRIDS)
+def test_grid_decodes_as_its_twin(name: str, shape: tuple[int, int], scale: str) -> None:
+    """Inputs that end inside a vector, where files have whole blocks of 256."""
+    check_decode(random_grid(name, shape, scale))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_vector_and_sign_of_a_grid(name: str) -> None:
+    """Every vector in each of its places, and every pattern of signs."""
+    code, each = GRIDS[name], torch.arange(2048)
+    codes = 5 * each % (1 << max(code.signs, 1)) << (code.indices * code.index_bits)
+    for i in range(code.indices):
+        codes |= (2 * i + 1) * each % (1 << code.index_bits) << (i * code.index_bits)
+    spec = Spec.parse(f"codebook{code.bits}.{name}.v8.channel")
+    scales = torch.ones(8, 1, dtype=torch.float16)
+    check_decode(QTensor(spec, (8, 2048), {"codes": bits.pack(codes.view(8, 256).int(), code.bits), "scales": scales}))
+
+
 def random_gguf(name: str, shape: tuple[int, int]) -> QTensor:
     return gguf_blocks.unpack(name, gguf_bytes.random_rows(name, *shape, calm=True), shape)
 
 
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", gguf_blocks.BLOCKS)
 def test_gguf_blocks_decode_as_their_twin(name: str) -> None:
     """37 outputs: no multiple of a tile."""
     q = random_gguf(name, (37, 512))
     check_decode(q)
     for rows in (1, 17):
         check_product(q, rows, torch.float16)
+
+
+def test_experts_share_the_table_of_a_grid() -> None:
+    tensors = [random_gguf("IQ3_S", (39, 256)) for _ in range(3)]
+    product = grouped.stack([CudaMatmul(q, torch.float16) for q in tensors])
+    assert product is not None and Parts(*product.parts).table.stride(0) == 0
+    experts = torch.tensor([[2, 0]])
+    x = torch.randn(1, 256).half()
+    found = product(x, grouped.route(experts, 3), 2)
+    wanted = torch.cat([x.double() @ tensors[e].dequantize().double().T for e in (2, 0)])
+    assert helpers.relative_rms(found, wanted) < helpers.TOLERANCE[torch.float16]
 
 
 def test_scale_of_a_whole_tensor() -> None:

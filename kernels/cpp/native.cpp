@@ -16,6 +16,7 @@
 #include "pack.h"
 #include "pool.h"
 #include "two_level.h"
+#include "two_level512.h"
 
 #if defined(_WIN32)
 #define BITSMITH_API extern "C" __declspec(dllexport)
@@ -243,8 +244,8 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   });
 }
 
-// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; NEON, NEON_SDOT; otherwise the best of AVX2 and NEON, which
-// the machine must have.
+// bitsmith_linear for weights of two_level.h. path: GENERIC = plain loops, for tests; AVX2, NEON, NEON_SDOT; otherwise the best of this machine,
+// which must have one of these.
 BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                             int32_t threads, [[maybe_unused]] int32_t path) {
   const two_level::Weight& w = *weight;
@@ -253,7 +254,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 #if BITSMITH_X86
   if (path != GENERIC) {
     prepare = two_level::vectors::prepare;
-    rows = two_level::vectors::rows_of(w);
+    rows = path != AVX2 && avx512::supported() ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
 #elif BITSMITH_NEON
   if (path < 0) path = best_path();
