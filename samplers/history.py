@@ -160,7 +160,9 @@ class Repeats(Index):
     def __init__(self, params: SamplingParams, breakers: Sequence[Ids]) -> None:
         self._range, self._allowed = params.dry_range, params.dry_allowed_length
         self._single = {breaker[0] for breaker in breakers if len(breaker) == 1}
-        self._longer = [breaker for breaker in breakers if len(breaker) > 1]
+        # Thousands for a breaker of several characters: one look-up for each length.
+        self._longer = {breaker for breaker in breakers if len(breaker) > 1}
+        self._sizes = {len(breaker) for breaker in self._longer}
         self._text: list[int] = []
         self._positions: dict[int, list[int]] = defaultdict(list)
         self._matches: dict[int, int] = {}
@@ -192,7 +194,7 @@ class Repeats(Index):
         """Whether the text up to `end` ends with a breaker."""
         if self._text[end - 1] in self._single:
             return True
-        return any(tuple(self._text[max(0, end - len(each)) : end]) == each for each in self._longer)
+        return any(tuple(self._text[max(0, end - size) : end]) in self._longer for size in self._sizes)
 
     def lengths(self) -> dict[int, int]:
         """Token -> length of the longest repetition it would prolong, where that is dry_allowed_length or more."""

@@ -1,14 +1,16 @@
 """The order of samplers, default and chosen; what a trace tells of them; exact frequencies of what is drawn."""
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from bitsmith.errors import UserError
-from bitsmith.samplers import draw
+from bitsmith.samplers import draw, inputs
 from bitsmith.samplers.names import KOBOLD_IDS, STEP_NAMES, STEPS
 from bitsmith.samplers.params import SamplingParams
 from bitsmith.samplers.pipeline import plan, sample
@@ -224,3 +226,11 @@ def test_the_reference_counts_a_row_unsure_at_a_limit() -> None:
     row = Row(np.log([0.5, 0.3, 0.2]), SamplingParams(epsilon_cutoff=0.3))
     reference(row)
     assert not row.sure
+
+
+def test_the_documented_order_is_the_true_one() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("| `") for row in rows] == [step.name for step in inputs.ORDER]
+    for row, step in zip(rows, inputs.ORDER, strict=True):
+        assert set(re.findall(r"`(\w+)`", row[1])) == {*step.fields, *step.uses}, step.name
