@@ -199,7 +199,7 @@ def test_logprobs_are_the_models_own() -> None:
 
 def test_every_parameter_is_read_by_one_step_or_by_the_engine() -> None:
     engine = {"seed", "stop", "stop_token_ids", "ignore_eos", "max_tokens", "logprobs", "skip_special_tokens"}
-    engine |= {"include_stop_str_in_output", "guidance_scale", "negative_prompt", "token_healing"}
+    engine |= {"include_stop_str_in_output", "guidance_scale", "negative_prompt"}
     engine |= {"repetition_detection", "sampler_trace", "sampler_priority", "temperature_last"}
     read = [name for step in inputs.ORDER for name in step.fields]
     # Two penalties share a window.
