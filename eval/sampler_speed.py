@@ -127,7 +127,7 @@ def _transformers(name: str, batch: Batch) -> Run | None:
     }
     if name not in made:
         return None
-    processors = theirs.LogitsProcessorList(made[name]())
+    processors: Any = theirs.LogitsProcessorList(made[name]())
 
     def run() -> Tensor:
         out = processors(batch.texts, batch.logits)

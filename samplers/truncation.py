@@ -9,7 +9,7 @@ order (top_p, typical_p, tfs, xtc, skew) rank the lower token id first among equ
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, threshold, threshold_
+from torch.nn.functional import pad, threshold
 
 from .steps import entropy, total
 
@@ -157,7 +157,7 @@ def cut(logits: Tensor, measure: Tensor, least: Tensor) -> Tensor:
     Sums instead of a mask, whose kernels run on the CPU one element at a time: 30 against 270 us a row of 128 k.
     """
     short = (least.clamp(min=-LARGEST) - measure).clamp_(min=0)
-    return threshold_(short.neg_(), -_SMALLEST, -torch.inf).add_(logits)
+    return torch.threshold_(short.neg_(), -_SMALLEST, -torch.inf).add_(logits)
 
 
 def alive(logits: Tensor) -> Tensor:
