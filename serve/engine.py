@@ -18,6 +18,7 @@ from ..kv_quant.base import KVCache, bytes_per_block, load_codec
 from ..models.attention import make_paged
 from ..samplers.params import SamplingParams
 from ..samplers.pipeline import Sampled, sample
+from . import tail
 from .blocks import BlockManager
 from .detokenize import Detokenizer, StopMatcher
 from .outputs import FinishReason, StreamChunk, TokenLogprob
@@ -133,7 +134,7 @@ class Engine:
         dropped = [self._drop(work[row][0]) for row in done if not usable[row]]
         rows = [row for row in done if usable[row]]
         seqs = [work[row][0] for row in rows]
-        sampled = self._sample(logits if len(rows) == len(work) else logits[rows], seqs)
+        sampled = tail.sample(logits if len(rows) == len(work) else logits[rows], seqs, self._sample)
         tokens: list[int | None] = [None] * len(work)
         for row, each in zip(rows, sampled, strict=True):
             tokens[row] = each.token_id
