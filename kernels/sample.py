@@ -104,7 +104,7 @@ def _tails(values, N, temperature, best, probes, counting, WAYS: tl.constexpr, B
 
 @jit
 def _threshold(values, N, best, low, wanted, counting, WAYS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest image of at least `low` whose tail (as of `_tails`) is `wanted` > 0 or more, and the tail above it."""
+    """The largest image, `low` or more, whose tail (as of `_tails`) is at least `wanted` > 0, and the tail above it."""
     ways = tl.arange(0, WAYS)
     # The tail of lo is large enough (or lo is `low`), that of hi is not.
     lo, hi = low.to(tl.int64), _image(best).to(tl.int64) + 1
@@ -241,8 +241,8 @@ def _sample_tail_fake(logits: Tensor, *_: Any) -> Tensor:
 # top_k int64 [B] (0: all), greedy bool [B], key int64 [B] (draw.keys) -> tokens int64 [B]. A greedy row gets the first
 # of its largest logits; so does one that its temperature makes infinite.
 sample_tail = ops.define(
-    "sample_tail(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p, Tensor greedy, Tensor key)"
-    " -> Tensor",
+    "sample_tail(Tensor logits, Tensor temperature, Tensor min_p, Tensor top_k, Tensor top_p, Tensor greedy, "
+    "Tensor key) -> Tensor",
     _sample_tail,
     _sample_tail_fake,
 )
