@@ -88,7 +88,7 @@ SPECS = (
 )
 # Modules with an `aot_cases`, in the order of the table.
 # The last by name alone, being above this folder: codecs bring device code of their own.
-MODULES = ("cuda", "grouped", "scaled", "fused", "transform_device", "paged", ".kv_quant.base")
+MODULES = ("cuda", "grouped", "scaled", "fused", "sample", "transform_device", "paged", ".kv_quant.base")
 _POINTERS = {"f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "e8m0": "*u8", "ue4m3": "*u8", "asym": "*u8"}
 
 

@@ -20,6 +20,7 @@ from ..models.attention import make_paged
 from ..samplers.params import SamplingParams
 from ..samplers.pipeline import Sampled, sample
 from ..samplers.steps import guidance
+from . import tail
 from .blocks import BlockManager
 from .outputs import FinishReason, StreamChunk, TokenLogprob
 from .pool import free_memory, pool_blocks
@@ -165,9 +166,14 @@ class Engine:
         if not rows:
             return {}
         seqs = [seqs[row] for row in rows]
+        sampled = tail.sample(logits[rows] if len(rows) < len(logits) else logits, seqs, self._pipeline)
+        return {seq: each for seq, each in zip(seqs, sampled, strict=True) if each is not None}
+
+    def _pipeline(self, logits: Tensor, seqs: list[Seq]) -> list[Sampled | None]:
+        """`samplers.pipeline.sample` for sequences whose rows have a finite maximum."""
         histories = [self._requests[seq.request_id].history for seq in seqs]
-        sampled = sample(
-            logits[rows] if len(rows) < len(logits) else logits,
+        return sample(
+            logits,
             [seq.params for seq in seqs],
             [history.prompt for history in histories],
             [seq.output for seq in seqs],
@@ -175,7 +181,6 @@ class Engine:
             self.eos_token_ids,
             histories,
         )
-        return {seq: each for seq, each in zip(seqs, sampled, strict=True) if each is not None}
 
     def _drop(self, seq: Seq) -> tuple[str, StreamChunk]:
         """End a request that has no token to go on with; the others must."""

@@ -48,10 +48,11 @@ def test_each_kernel_and_family_on_four_targets() -> None:
 @needs_compiler
 def test_experts_native_dots_and_fused_steps_where_they_are_launched() -> None:
     kernels = {("grouped_gemv", 128), ("grouped_gemm", 128), ("scaled", 1), ("rms_norm", 1), ("rope", 1), ("gated", 1)}
-    specs = {"affine4.g128.asym", "affine8.channel.sym", "llama", "half", "silu"}
+    kernels.add(("sample_tail", 1))
+    specs = {"affine4.g128.asym", "affine8.channel.sym", "llama", "half", "silu", "float32"}
     rows = list(aot.table(("sm_75", "sm_90", "gfx1100"), specs, kernels))
     launched = [[row["kernel"] for row in rows if row["target"] == t] for t in ("sm_75", "sm_90", "gfx1100")]
-    fused = ["rms_norm", "rope", "gated"]
+    fused = ["rms_norm", "rope", "gated", "sample_tail"]
     assert launched[0] == ["grouped_gemv", *fused]
     assert launched[1] == launched[2] == ["grouped_gemm", "scaled", *fused]
     check(rows)
