@@ -187,7 +187,9 @@ def _git_output(*arguments: str) -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    machine: dict[str, Any] = {"cpu": _cpu_model(), "cores": os.cpu_count() or 1}
+    # Virtual machines of one name differ in what they let through.
+    cpu = f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+    machine: dict[str, Any] = {"cpu": cpu, "cores": os.cpu_count() or 1}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return machine
