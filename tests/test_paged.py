@@ -138,11 +138,12 @@ def test_preemption_changes_no_token(tiny_model: Build, byte_tokenizer: Any) -> 
 def test_int8_cache_keeps_the_distribution(shared: Callable[[str], Path]) -> None:
     """On trained weights. Truncated codes, which other engines have shipped, cost 8 times the divergence."""
     path = shared("models/books-8m")
-    ids = load_tokenizer(path).encode(shared("data/books-heldout.txt").read_text()[20000:22000])[:400]
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode(shared("data/books-heldout.txt").read_text()[20000:22000])[:400]
     model = load_model(path)
     logits = {}
     for name in ("none", "int8"):
-        engine = Engine(model, None, EngineConfig(kv_cache_dtype=name, num_blocks=32))
+        engine = Engine(model, tokenizer, EngineConfig(kv_cache_dtype=name, num_blocks=32))
         work = [(Seq("probe", ids, greedy(), blocks=list(range(32))), len(ids))]
         batch = make_batch(work, 16, model.device)
         every_row = replace(batch, last=torch.arange(len(ids)))
