@@ -14,6 +14,9 @@ _DETECTION = ("max_pattern_size", "min_pattern_size", "min_count")
 
 
 def _as_tuple(value: Any) -> Any:
+    """A tuple of one value or of a list; None, vLLM's default for lists, is an empty one."""
+    if value is None:
+        return ()
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return (value,)
     return tuple(value) if isinstance(value, list) else value

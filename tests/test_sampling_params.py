@@ -127,6 +127,11 @@ def test_two_samplers_that_steer_are_refused() -> None:
         SamplingParams(mirostat_mode=2, adaptive_target=0.5)
 
 
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "bad_words", "allowed_token_ids", "dry_sequence_breakers"])
+def test_none_is_an_empty_list(name: str) -> None:
+    assert getattr(SamplingParams(**{name: None}), name) == ()
+
+
 def test_aliases() -> None:
     assert set(ALIASES.values()) <= NAMES and not NAMES & set(ALIASES)
     request = {
