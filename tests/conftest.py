@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+# The same examples in every run: a red test is then about the change. `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

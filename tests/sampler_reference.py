@@ -209,9 +209,9 @@ class Row:
     def at_least(self, limit: float) -> None:
         """Keep tokens with p >= limit, and the most likely one."""
         probs, best = self.probs, self.logits == self.logits.max()
-        self.cut(
-            best | (probs >= limit), np.where(best, math.inf, np.log(np.maximum(probs, 1e-300) / max(limit, 1e-300)))
-        )
+        # Nearly the most likely is nearly kept.
+        margin = np.log(np.maximum(probs, 1e-300) / max(min(limit, probs.max()), 1e-300))
+        self.cut(best | (probs >= limit), np.where(best, math.inf, margin))
 
     def top_a(self) -> None:
         if self.params.top_a:
@@ -265,6 +265,9 @@ class Row:
         keep = np.ones(len(probs), bool)
         if not gone & (set(self.protected) | set(self.eos)):
             keep[sorted(gone)] = False
+        # Which of two is the least likely is not decided by a difference that softmax rounds away.
+        apart = [self.logits[token] - self.logits[order[-1]] for token in order[:-1]]
+        self.sure &= not any(0 < each < NEAR for each in apart)
         self.cut(keep, margin)
 
     def skew(self) -> None:
@@ -289,7 +292,7 @@ class Row:
             surprise = -np.log2(probs)
         if params.mirostat_mode == 2:
             best = surprise == surprise.min()
-            self.cut(best | (surprise <= mu), np.where(best, math.inf, mu - surprise))
+            self.cut(best | (surprise <= mu), np.where(best, math.inf, max(mu, surprise.min()) - surprise))
         else:
             k, rounding = mirostat_k(probs, mu)
             self.sure &= rounding
