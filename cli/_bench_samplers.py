@@ -75,9 +75,8 @@ def _record(
     took: float,
 ) -> None:
     """One row a contender."""
-    import statistics
-
     from ..eval.results import FILE_NAME, Result, append, default_dir, here
+    from ..eval.sampler_speed import per_row
 
     place = here()
     found = [
@@ -88,7 +87,7 @@ def _record(
             kv="",
             task=f"samplers/{who}/{threads} threads",
             metric=name,
-            value=1e6 * statistics.median(taken) / rows,
+            value=per_row(taken, rows),
             stderr=None,
             n=len(taken),
             seconds=took,

@@ -84,9 +84,14 @@ def measure(runs: dict[str, Run], samples: int) -> dict[str, list[float]]:
     return seconds
 
 
+def per_row(taken: Sequence[float], count: int) -> float:
+    """Median microseconds a row of calls that take `count` rows."""
+    return 1e6 * statistics.median(taken) / count
+
+
 def rows(name: str, seconds: dict[str, list[float]], count: int) -> list[dict[str, Any]]:
     """Per peer: name, value (microseconds a row of ours), unit, ratio (theirs over ours), against, against_value."""
-    each = {who: 1e6 * statistics.median(taken) / count for who, taken in seconds.items()}
+    each = {who: per_row(taken, count) for who, taken in seconds.items()}
     own = {"name": name, "value": each[OURS], "unit": "us a row"}
     others = [who for who in each if who != OURS]
     compared = [own | {"ratio": each[who] / each[OURS], "against": who, "against_value": each[who]} for who in others]

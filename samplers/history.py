@@ -1,11 +1,12 @@
 """What a sequence's text says about its next token, kept up to date token by token.
 
-Penalties, n-gram bans and DRY depend on the whole text. A `History` indexes it once and then looks at new tokens only:
-a step costs the same after 100 and after 100 000 tokens. It is made from the text alone, so a sequence that was
+Penalties, n-gram bans and DRY depend on the whole text. A `History` indexes it once and then takes in new tokens only.
+It is made from the text alone, so a sequence that was
 preempted, rewound or drafted can rebuild it and gets the same answer; only the feedback samplers (mirostat,
 adaptive-p) carry numbers for each sampled token that the text does not tell.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -54,11 +55,11 @@ class Growing:
         return self._buffer[: self._count]
 
 
-class Index:
+class Index(ABC):
     """Takes in a text token by token."""
 
-    def append(self, token: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def append(self, token: int) -> None: ...
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
