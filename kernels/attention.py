@@ -53,7 +53,10 @@ class Group(NamedTuple):
 def store(parts: Parts, x: Tensor, slots: Tensor, encode: Callable[[Tensor], Parts]) -> None:
     """Encode `x[T, heads, dim]` and write it to `slots[T]` (int64) of every cache part, in place."""
     for part, encoded in zip(parts, encode(x), strict=True):
-        part.index_copy_(0, slots, encoded)
+        if native_layer.scatters(part, encoded, slots):
+            native_layer.scatter(part, encoded, slots)
+        else:
+            part.index_copy_(0, slots, encoded)
 
 
 def paged_attention(

@@ -90,13 +90,14 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         known = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         fresh = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _storage(leaf) not in known]
+        bind = ops.BINDS.get(func)
+        bound = bind and bind(fresh, *args, **kwargs) if fresh or func._schema.is_mutable else None
         if func._schema.is_mutable:
             if fresh:
                 raise Unrecordable(f"{func}: it writes an argument and returns another tensor")
-            self._calls.append(partial(func, *args, **kwargs))
+            self._calls.append(bound or partial(func, *args, **kwargs))
         elif fresh:
-            bind = ops.BINDS.get(func)
-            self._calls.append((bind and bind(fresh, *args, **kwargs)) or partial(_again, fresh, func, args, kwargs))
+            self._calls.append(bound or partial(_again, fresh, func, args, kwargs))
         self._held.append((args, kwargs, result))
         return result
 

@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
+@pytest.mark.parametrize("few", [0, bits._FEW])
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 172])
 @pytest.mark.parametrize("width", [*range(1, 17), 24, 31, 32])
-def test_bit_stream(width: int, columns: int) -> None:
+def test_bit_stream(width: int, columns: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code c of a row is bits [c * width, (c + 1) * width) of the row read as one little-endian integer; the rest is
     0."""
+    monkeypatch.setattr(bits, "_FEW", few)
     codes = torch.randint(0, 1 << width, (3, columns))
     codes[0] = (1 << width) - 1
     stored = codes.to(torch.uint8 if width <= 8 else torch.int32)
@@ -47,6 +49,7 @@ def stream(words: Tensor) -> int:
 
 def test_unpack_of_many_rows_and_strided_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bits, "_ROWS", 4)
+    monkeypatch.setattr(bits, "_FEW", 0)
     for width in (3, 4):
         codes = torch.randint(0, 1 << width, (11, 50), dtype=torch.uint8)
         words = bits.pack(codes, width)

@@ -22,6 +22,10 @@ WITHOUT_PYTHON = [
     lambda x: x.clone().index_copy_(0, torch.tensor([5, 1]), x[:2] * 2),
     lambda x: x[x.argsort()].to(torch.bfloat16).float(),
     lambda x: torch.empty(4).copy_(x[:4]).exp_(),
+    lambda x: x.bfloat16() + x.bfloat16().flip(0) + 1.5,
+    lambda x: torch.add(x.bfloat16(), x.bfloat16().exp(), alpha=2),
+    lambda x: x.bfloat16().view(4, 4) + x.bfloat16().view(4, 4).t(),
+    lambda x: x.bfloat16().view(4, 4) + x.bfloat16()[:4],
 ]
 WITH_PYTHON = [
     lambda x: x * x.sum().item(),
@@ -54,6 +58,27 @@ def test_repeats_with_new_contents(function: Callable[[Tensor], Tensor]) -> None
         own.copy_(x)
         recording.output.fill_(torch.nan)
         assert torch.equal(recording(), function(x))
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="the sum is the native library's")
+def test_a_residual_is_added_by_the_library() -> None:
+    a, b = torch.randn(2, 3, 70_001).bfloat16()
+    recording = record(lambda: a + b)
+    assert len(recording.calls) == 1 and "bitsmith_add" in repr(recording.calls[0])
+    a.copy_(torch.randn(3, 70_001))
+    assert torch.equal(recording(), a + b)
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="the copy is the native library's")
+def test_rows_go_to_their_slots() -> None:
+    part, x = torch.zeros(9, 2, 5, dtype=torch.int8), torch.randint(-128, 127, (3, 4, 5), dtype=torch.int8)[:, 1:3]
+    slots = torch.tensor([7, 0, 3])
+    assert native_layer.scatters(part, x, slots) and not native_layer.scatters(part, x.half(), slots)
+    recording = record(lambda: (native_layer.scatter(part, x, slots), part)[1])
+    slots.copy_(torch.tensor([8, 7, 1]))
+    part.zero_()
+    recording()
+    assert torch.equal(part, torch.zeros_like(part).index_copy_(0, slots, x))
 
 
 @pytest.mark.parametrize("function", WITH_PYTHON)

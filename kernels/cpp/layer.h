@@ -58,6 +58,12 @@ BITSMITH_CLONES inline void norm(const uint16_t* x, const uint16_t* weight, uint
   }
 }
 
+// y = a + b.
+BITSMITH_CLONES inline void add(const uint16_t* a, const uint16_t* b, uint16_t* y, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) y[i] = narrow(bfloat_to_float(a[i]) + bfloat_to_float(b[i]));
+}
+
 // One row: y = act(gate) * up; act 0 is SiLU, 1 GELU by tanh.
 BITSMITH_CLONES inline void gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t width, int32_t act) {
 #pragma omp simd

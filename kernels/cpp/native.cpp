@@ -147,7 +147,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 8; }
+BITSMITH_API int32_t bitsmith_abi() { return 9; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -314,6 +314,20 @@ BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint1
   pool().run(rows, rows * width < (1 << 16) ? 1 : threads, [&](int64_t row) {
     layer::norm(x + row / inner * outer_stride + row % inner * inner_stride, weight, y + row * width, width, eps, form);
   });
+}
+
+// y = a + b, dense bfloat16.
+BITSMITH_API void bitsmith_add(const uint16_t* a, const uint16_t* b, uint16_t* y, int64_t count, int32_t threads) {
+  constexpr int64_t PIECE = 1 << 14;
+  pool().run((count + PIECE - 1) / PIECE, count < (1 << 17) ? 1 : threads, [&](int64_t i) {
+    const int64_t at = i * PIECE;
+    layer::add(a + at, b + at, y + at, std::min(PIECE, count - at));
+  });
+}
+
+// Row i of x -> row slots[i] of `to`; rows of `size` bytes, strides in bytes.
+BITSMITH_API void bitsmith_scatter(const char* x, int64_t x_stride, const int64_t* slots, char* to, int64_t to_stride, int64_t rows, int64_t size) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + slots[i] * to_stride, x + i * x_stride, static_cast<size_t>(size));
 }
 
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
