@@ -144,6 +144,7 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
   for (int m = 0; m < MR; ++m) total[m] = _mm512_setzero_ps();
   const int64_t k_blocks = w.k_blocks(), groups = w.groups(), per = x.chunk / BLOCK;
   const uint8_t* p = w.block(nb, 0);
+  const bool whole = KIND == INT8 && w.whole_zero();
   [[maybe_unused]] const Table<BITS> table(KIND == BFLOAT ? w.values : nullptr);
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t stop = std::min((c + 1) * per, k_blocks);
@@ -152,8 +153,10 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
       // Two sums a row where there are registers for them: a dot product takes five cycles and two start in each.
       constexpr int LANES = MR == 1 ? 4 : MR <= 4 ? 2 : 1;
       __m512i acc[MR][LANES];
-      for (int m = 0; m < MR; ++m)
-        for (int l = 0; l < LANES; ++l) acc[m][l] = _mm512_setzero_si512();
+      for (int m = 0; m < MR; ++m) {
+        for (int l = 1; l < LANES; ++l) acc[m][l] = _mm512_setzero_si512();
+        acc[m][0] = _mm512_set1_epi32(whole ? x.low[(m0 + m) * x.chunks + c] : 0);
+      }
       for (int64_t kb = c * per; kb < stop; ++kb, p += 64 * BITS) {
         __m512i v[8];
         unpack<BITS>(p, v);
@@ -196,15 +199,84 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
     __m512 scale, zero;
     scales16(w, nb, c * x.chunk / w.group, groups, scale, zero);
     for (int m = 0; m < MR; ++m) {
-      const __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[(m0 + m) * x.chunks + c]), dot[m]);
-      total[m] = _mm512_fmadd_ps(centred, scale, total[m]);
+      if (!whole) dot[m] = _mm512_fnmadd_ps(zero, _mm512_set1_ps(x.sum[(m0 + m) * x.chunks + c]), dot[m]);
+      total[m] = _mm512_fmadd_ps(dot[m], scale, total[m]);
     }
   }
   for (int m = 0; m < MR; ++m) store16(y, (m0 + m) * w.n + nb * ROWS, dtype, total[m], w.n - nb * ROWS);
 }
 
+// Scales and zero points of the chunks of STEP inputs. `whole`: every zero point is the integer `zero`, where sums begin.
+constexpr int64_t STEP = 128;
+struct Levels {
+  __m512 scale[STEP / BLOCK], zero[STEP / BLOCK];
+  bool whole;
+};
+
+// total [MR][16] += `blocks` times 32 inputs of rows m0 .. m0 + MR - 1 of one tile, from block kb on. codes: a byte each.
+template <int MR>
+BITSMITH_512_INLINE void tile(const Weight& w, const Input& x, const uint8_t* codes, const Levels& by, int64_t kb, int64_t blocks, int64_t m0, float* total) {
+  const int64_t per = x.chunk / BLOCK;
+  const int8_t* q = x.tiles.data() + (m0 / TILE * x.inputs + kb * BLOCK) * TILE + m0 % TILE * 4;
+  __m512 all[MR];
+  for (int m = 0; m < MR; ++m) all[m] = _mm512_loadu_ps(total + m * ROWS);
+  for (int64_t first = 0; first < blocks; first += per) {
+    const int64_t at = m0 * x.chunks + (kb + first) / per;
+    __m512i acc[MR];
+    for (int m = 0; m < MR; ++m) acc[m] = _mm512_set1_epi32(by.whole ? x.low[at + m * x.chunks] : 0);
+    for (int64_t b = first; b < std::min(first + per, blocks); ++b)
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        const __m512i v = _mm512_loadu_si512(codes + (8 * b + j) * 64);
+        for (int m = 0; m < MR; ++m) {
+          int32_t four;
+          std::memcpy(&four, q + ((8 * b + j) * TILE + m) * 4, 4);
+          acc[m] = _mm512_dpbusd_epi32(acc[m], v, _mm512_set1_epi32(four));
+        }
+      }
+    for (int m = 0; m < MR; ++m) {
+      __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m]), _mm512_set1_ps(x.scale[at + m * x.chunks]));
+      if (!by.whole) dot = _mm512_fnmadd_ps(by.zero[first / per], _mm512_set1_ps(x.sum[at + m * x.chunks]), dot);
+      all[m] = _mm512_fmadd_ps(dot, by.scale[first / per], all[m]);
+    }
+  }
+  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(total + m * ROWS, all[m]);
+}
+
+// 16 outputs, all rows of int8 activations: codes are unpacked once for all of them.
+template <int BITS>
+BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  static thread_local std::vector<float> totals;
+  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
+  float* total = totals.data();
+  alignas(64) uint8_t bytes[STEP * ROWS];
+  Levels by;
+  by.whole = w.whole_zero();
+  for (int64_t kb = 0; kb < w.k_blocks(); kb += STEP / BLOCK) {
+    const int64_t blocks = std::min(STEP / BLOCK, w.k_blocks() - kb);
+    const uint8_t *packed = w.block(nb, kb), *codes = BITS == 8 ? packed : bytes;
+    for (int64_t b = 0; b < (BITS == 8 ? 0 : blocks); ++b) {
+      __m512i v[8];
+      unpack<BITS>(packed + b * 64 * BITS, v);
+      for (int j = 0; j < 8; ++j) _mm512_store_si512(bytes + (8 * b + j) * 64, v[j]);
+    }
+    for (int64_t b = 0; b < blocks; b += x.chunk / BLOCK) {
+      const int64_t i = b / (x.chunk / BLOCK);
+      scales16(w, nb, (kb + b) * BLOCK / w.group, w.groups(), by.scale[i], by.zero[i]);
+    }
+    int64_t m = 0;
+    for (; m + TILE <= x.m; m += TILE) tile<TILE>(w, x, codes, by, kb, blocks, m, total + m * ROWS);
+    if (m + 4 <= x.m) tile<4>(w, x, codes, by, kb, blocks, m, total + m * ROWS), m += 4;
+    if (m + 2 <= x.m) tile<2>(w, x, codes, by, kb, blocks, m, total + m * ROWS), m += 2;
+    if (m < x.m) tile<1>(w, x, codes, by, kb, blocks, m, total + m * ROWS);
+  }
+  for (int64_t m = 0; m < x.m; ++m) store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(total + m * ROWS), w.n - nb * ROWS);
+}
+
 template <int BITS, int KIND>
 BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  if constexpr (KIND == INT8)
+    if (x.m > TILE) return many<BITS>(w, x, nb, y, dtype);
   int64_t m = 0;
   for (; m + 8 <= x.m; m += 8) few<BITS, KIND, 8>(w, x, m, nb, y, dtype);
   switch (x.m - m) {
@@ -233,6 +305,7 @@ BITSMITH_512 void prepare(const Weight& w, const void* x, int32_t dtype, int64_t
     const int64_t first = c * in.chunk, stop = c + 1 == in.chunks ? in.inputs : first + in.chunk;
     __m512 v[8], largest = _mm512_setzero_ps(), total = _mm512_setzero_ps();
     float scale = 1, sum;
+    [[maybe_unused]] int32_t codes_sum = 0;
     // BFLOAT chunks may be as long as a row: eight vectors at a time.
     if constexpr (KIND == INT8) {
       const int count = static_cast<int>((stop - first) / 16);
@@ -249,7 +322,8 @@ BITSMITH_512 void prepare(const Weight& w, const void* x, int32_t dtype, int64_t
         codes = _mm512_add_epi32(codes, q);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(in.q.data() + row * in.stride + first + 16 * j), _mm512_cvtsepi32_epi8(q));
       }
-      sum = scale * static_cast<float>(_mm512_reduce_add_epi32(codes));
+      codes_sum = _mm512_reduce_add_epi32(codes);
+      sum = scale * static_cast<float>(codes_sum);
     } else {
       // Inputs 0 1 2 3 of every four -> 0 2 1 3.
       const __m256i order = _mm256_setr_epi16(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
@@ -261,6 +335,7 @@ BITSMITH_512 void prepare(const Weight& w, const void* x, int32_t dtype, int64_t
       sum = _mm512_reduce_add_ps(total);
     }
     in.scale[row * in.chunks + c] = scale;
+    if constexpr (KIND == INT8) in.low[row * in.chunks + c] = w.whole_zero() ? -static_cast<int32_t>(w.zero) * codes_sum : 0;
     in.sum[row * in.chunks + c] = sum;
   }
 }

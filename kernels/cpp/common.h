@@ -49,6 +49,8 @@ struct Weight {
     if (kind == BFLOAT && group % 64 == 0 && group < k) return group;
     return group % 128 == 0 || group >= k ? 128 : group % 64 == 0 ? 64 : 32;
   }
+  // Whether `zero` is the zero point of all, and an integer that fits a sum of products.
+  bool whole_zero() const { return !zeros && zero == std::floor(zero) && std::fabs(zero) <= 255; }
   const uint8_t* block(int64_t nb, int64_t kb) const { return codes + (nb * k_blocks() + kb) * 64 * bits; }
 };
 
@@ -58,9 +60,24 @@ struct Input {
   int64_t stride;                    // from row to row
   int64_t chunk, chunks;
   std::vector<int8_t> q;             // INT8: [m][stride]
+  std::vector<int8_t> tiles;         // INT8 of avx512.h, more than TILE rows: `interleave`d
   std::vector<uint16_t> b;           // BFLOAT: [m][stride], each four inputs in the order 0 2 1 3
+  std::vector<int32_t> low;          // INT8 of avx512.h: [m][chunks], -zero * sum of the codes of a whole_zero()
   std::vector<float> scale, sum;     // [m][chunks]: int8 step; step * sum of the codes (BFLOAT: sum of the inputs)
 };
+
+// Rows of activations that a kernel takes at once.
+constexpr int64_t TILE = 8;
+
+// Rows tile * TILE .. of q [m][stride] -> [inputs / 4][TILE][4] at their place in `out` [tiles][inputs * TILE]: a kernel that takes the rows
+// together then reads one stream, where rows apart compete for sets of the first-level cache (4-bit, 128 rows: 180 -> 198 GMAC/s a core).
+inline void interleave(const int8_t* q, int64_t stride, int64_t m, int64_t inputs, int64_t tile, int8_t* out) {
+  for (int64_t r = 0; r < std::min(TILE, m - tile * TILE); ++r) {
+    const int8_t* from = q + (tile * TILE + r) * stride;
+    int8_t* to = out + tile * inputs * TILE + 4 * r;
+    for (int64_t i = 0; i < inputs; i += 4) std::memcpy(to + i * TILE, from + i, 4);
+  }
+}
 
 #if defined(__aarch64__)
 using Half = __fp16;  // GCC before 13 has no _Float16 in C++ there.

@@ -113,7 +113,7 @@ void shape(const Weight& w, int32_t kind, int64_t m, Input& x) {
   if (kind == INT8 && x.q.size() < size) x.q.resize(size);
   if (kind == BFLOAT && x.b.size() < size) x.b.resize(size);
   const size_t sums = static_cast<size_t>(m * x.chunks);
-  if (x.scale.size() < sums) x.scale.resize(sums), x.sum.resize(sums);
+  if (x.scale.size() < sums) x.scale.resize(sums), x.sum.resize(sums), x.low.resize(sums);
 }
 
 // Where tiles begin to pay (below, their fixed 16 rows are mostly padding), and then panels. Short chunks apply scales more often.
@@ -129,14 +129,21 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
-// Rounds m rows of activations, then rows(activations, nb) for each block of 16 outputs.
+void interleave_tiles(const std::vector<int8_t>& q, int64_t stride, int64_t m, int64_t inputs, int32_t threads, std::vector<int8_t>& out) {
+  const int64_t tiles = (m + TILE - 1) / TILE;
+  if (static_cast<int64_t>(out.size()) < tiles * TILE * inputs) out.resize(static_cast<size_t>(tiles * TILE * inputs));
+  pool().run(tiles, threads, [&](int64_t tile) { interleave(q.data(), stride, m, inputs, tile, out.data()); });
+}
+
+// Rounds m rows of activations (and makes tiles of them), then rows(activations, nb) for each block of 16 outputs.
 template <class Rows>
-void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), const void* x,
-                       int32_t x_dtype, int64_t m, int32_t threads, const Rows& rows) {
+void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), bool tiles,
+                       const void* x, int32_t x_dtype, int64_t m, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   two_level::shape(w, m, in);
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
+  if (tiles && m > TILE) interleave_tiles(in.q, in.stride, m, w.k, threads, in.tiles);
   const int64_t count = w.row_blocks();
   const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
   pool().run(tasks, threads, [&](int64_t task) {
@@ -171,6 +178,7 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
   const auto one = [&](int64_t row) { prepare(w, x, x_dtype, row, in); };
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
+  if (path == AVX512 && w.kind == INT8 && m > TILE) interleave_tiles(in.q, in.stride, m, in.inputs, threads, in.tiles);
   const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
   pool().run(tasks, threads, [&](int64_t task) {
     for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
@@ -251,10 +259,12 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
+  bool tiles = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    prepare = two_level::vectors::prepare;
-    rows = path != AVX2 && avx512::supported() ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
+    tiles = path != AVX2 && avx512::supported();
+    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = tiles ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
 #elif BITSMITH_NEON
   if (path < 0) path = best_path();
@@ -263,7 +273,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { rows(w, in, nb, y, y_dtype); });
+  two_level_product(w, prepare, tiles, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { rows(w, in, nb, y, y_dtype); });
 }
 
 // bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
@@ -281,7 +291,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   // Activations depend on the weight's size alone.
   two_level::Weight size{};
   size.n = w.n, size.k = w.k;
-  two_level_product(size, prepare, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { grids::rows(w, in, chunk, nb, y, y_dtype); });
+  two_level_product(size, prepare, false, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { grids::rows(w, in, chunk, nb, y, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.

@@ -32,8 +32,11 @@ struct Weight {
 struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
+  std::vector<int8_t> tiles;   // of two_level512.h, more than TILE rows: `interleave`d
   std::vector<float> step;     // [m][k / 128]
   std::vector<int16_t> sums;   // [m][k / 16]
+  std::vector<int16_t> group_sums;  // of two_level512.h: [m][k / group]
+  std::vector<int32_t> start;       // of two_level512.h: [m][k / group], what a group's sum begins with
 };
 
 inline void shape(const Weight& w, int64_t m, Input& x) {
@@ -45,6 +48,8 @@ inline void shape(const Weight& w, int64_t m, Input& x) {
   grow(x.q, m * x.stride);
   grow(x.step, m * (w.k / CHUNK));
   grow(x.sums, m * (w.k / 16));
+  grow(x.group_sums, m * (w.k / 16));
+  grow(x.start, m * (w.k / 16));
 }
 
 // Codes of the scales of 16 rows in every group of a super block, out[group][row]. 8 bits: a byte each. 4 bits: groups 2 g and 2 g + 1 in

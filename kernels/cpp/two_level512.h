@@ -11,10 +11,9 @@ namespace bitsmith::two_level::wide {
 // What is added to the values of a table, so that they have no sign; their zero point moves with them.
 constexpr int32_t BIAS = 128;
 
-// Per super block: the integer scale of each group of 16 rows, and what multiplies the sums of 16 activations of each 32 inputs (two of
-// them in a lane, 16 bits each).
+// Per super block: the integer scale of each group for 16 rows, and the mins of two groups each, 16 bits in a lane.
 struct Scales {
-  __m512i scale[16], low[8];
+  __m512i scale[16], mins[8];
 };
 
 BITSMITH_512_INLINE __m512i bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -34,17 +33,24 @@ BITSMITH_512_INLINE __m512i sub_code16(const uint8_t* p, int64_t g) {
 
 template <int SUB, int GROUP>
 BITSMITH_512_INLINE void scales(const Weight& w, int64_t at, Scales& out) {
-  const uint8_t *p = w.scales + at * w.sub_bytes(), *mins = w.mins ? w.mins + at * w.sub_bytes() : nullptr;
-  const __m512i offset = _mm512_set1_epi32(w.offset), zero = _mm512_set1_epi32(-w.zero - (w.table ? BIAS : 0));
-  for (int64_t b = 0; b < 8; ++b) {
-    __m512i low[2];
-    for (int64_t i = 0; i < 32 / GROUP; ++i) {
-      const int64_t g = b * 32 / GROUP + i;
-      out.scale[g] = _mm512_sub_epi32(sub_code16<SUB>(p, g), offset);
-      low[i] = mins ? sub_code16<SUB>(mins, g) : _mm512_mullo_epi16(out.scale[g], zero);
-    }
-    const __m512i high = GROUP == 32 ? low[0] : low[1];
-    out.low[b] = _mm512_or_si512(_mm512_and_si512(low[0], _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(high, 16));
+  constexpr int64_t GROUPS = SUPER / GROUP;
+  const uint8_t *p = w.scales + at * w.sub_bytes(), *mins = w.mins + at * w.sub_bytes();
+  const __m512i offset = _mm512_set1_epi32(w.offset);
+  for (int64_t g = 0; g < GROUPS; ++g) out.scale[g] = _mm512_sub_epi32(sub_code16<SUB>(p, g), offset);
+  for (int64_t g = 0; w.mins && g < GROUPS; g += 2)
+    out.mins[g / 2] = _mm512_or_si512(sub_code16<SUB>(mins, g), _mm512_slli_epi32(sub_code16<SUB>(mins, g + 1), 16));
+}
+
+// One row of activations, and what its groups add to sums of unsigned codes: nothing with mins, else minus the zero point times their sum.
+BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
+  vectors::prepare(w, x, dtype, row, in);
+  const int64_t groups = w.k / w.group;
+  const int32_t zero = w.mins ? 0 : w.zero + (w.table ? BIAS : 0);
+  const int16_t* sums = in.sums.data() + row * (w.k / 16);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int32_t sum = w.group == 32 ? sums[2 * g] + sums[2 * g + 1] : sums[g];
+    in.group_sums[row * groups + g] = static_cast<int16_t>(sum);
+    in.start[row * groups + g] = -zero * sum;
   }
 }
 
@@ -58,38 +64,42 @@ BITSMITH_512_INLINE __m512i spread(const void* p) {
   return _mm512_set1_epi32(four);
 }
 
-// total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1. codes: of those inputs, as stored where PACKED, else as a byte each; with
-// a table, its values.
+// total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1, a whole tile unless PACKED. codes: of those inputs, as stored where PACKED,
+// else as a byte each; with a table, its values.
 template <int BITS, int GROUP, bool TABLE, int MR, bool PACKED = false>
 BITSMITH_512_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, __m512i table, __m512 d, __m512 dmin, int64_t at,
                                int64_t half, int64_t m0, float* total) {
-  constexpr int PER = GROUP / 4;
+  constexpr int PER = GROUP / 4, PARTS = 8 / PER;
+  constexpr int64_t GROUPS = CHUNK / GROUP;
+  const int64_t groups = w.k / GROUP, group = m0 * groups + at / GROUP;
   __m512i dot[MR];
   for (int m = 0; m < MR; ++m) dot[m] = _mm512_setzero_si512();
-  const int8_t* q = x.q.data() + m0 * x.stride + at;
+  const int8_t* q = PACKED ? x.q.data() + m0 * x.stride + at : x.tiles.data() + m0 * w.k + at * TILE;
   for (int64_t b = 0; b < CHUNK / 32; ++b, codes += 64 * (PACKED ? BITS : 8)) {
     __m512i v[8];
     if constexpr (PACKED) avx512::unpack<BITS>(codes, v);
     else
       for (int j = 0; j < 8; ++j) v[j] = _mm512_load_si512(codes + 64 * j);
     if constexpr (PACKED && TABLE) values(table, v);
-    for (int part = 0; part < 8 / PER; ++part) {
-      const __m512i scale = by.scale[(half * 4 + b) * (32 / GROUP) + part];
+    for (int part = 0; part < PARTS; ++part) {
+      const __m512i scale = by.scale[half * GROUPS + b * PARTS + part];
       __m512i sum[MR];
-      for (int m = 0; m < MR; ++m) sum[m] = _mm512_setzero_si512();
+      for (int m = 0; m < MR; ++m) sum[m] = _mm512_set1_epi32(x.start[group + m * groups + b * PARTS + part]);
 #pragma GCC unroll 8
       for (int j = part * PER; j < (part + 1) * PER; ++j)
-        for (int m = 0; m < MR; ++m) sum[m] = _mm512_dpbusd_epi32(sum[m], v[j], spread(q + m * x.stride + b * BLOCK + 4 * j));
+        for (int m = 0; m < MR; ++m)
+          sum[m] = _mm512_dpbusd_epi32(sum[m], v[j], spread(PACKED ? q + m * x.stride + b * BLOCK + 4 * j : q + ((8 * b + j) * TILE + m) * 4));
       for (int m = 0; m < MR; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_mullo_epi32(sum[m], scale));
     }
   }
   for (int m = 0; m < MR; ++m) {
-    const int16_t* sums = x.sums.data() + (m0 + m) * (w.k / 16) + at / 16;
-    __m512i low = _mm512_setzero_si512();
-    for (int64_t b = 0; b < CHUNK / 32; ++b) low = _mm512_dpwssd_epi32(low, by.low[half * 4 + b], spread(sums + 2 * b));
-    __m512 value;
-    if (w.mins) value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), d));
-    else value = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dot[m], low)), d);
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), d);
+    if (w.mins) {
+      const int16_t* sums = x.group_sums.data() + group + m * groups;
+      __m512i low = _mm512_setzero_si512();
+      for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
+      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, value);
+    }
     float* to = total + (m0 + m) * ROWS;
     const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
     _mm512_storeu_ps(to, _mm512_fmadd_ps(value, step, _mm512_loadu_ps(to)));
@@ -109,7 +119,7 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
   for (int64_t s = 0; s < w.super_blocks(); ++s) {
     const int64_t at = nb * w.super_blocks() + s;
     const uint8_t* packed = w.codes + at * 8 * 64 * BITS;
-    for (int64_t b = 0; b < (x.m > 8 ? 8 : 0); ++b) {
+    for (int64_t b = 0; b < (x.m > TILE ? 8 : 0); ++b) {
       __m512i v[8];
       avx512::unpack<BITS>(packed + b * 64 * BITS, v);
       if constexpr (TABLE) values(table, v);
@@ -121,8 +131,8 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
       const int64_t first = s * SUPER + half * CHUNK;
       const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
       int64_t m = 0;
-      if (x.m > 8)
-        for (; m + 8 <= x.m; m += 8) chunk<BITS, GROUP, TABLE, 8>(w, x, c, by, table, d, dmin, first, half, m, total);
+      if (x.m > TILE)
+        for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
       if (m + 8 <= x.m) chunk<BITS, GROUP, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
       if (m + 4 <= x.m) chunk<BITS, GROUP, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
       if (m + 2 <= x.m) chunk<BITS, GROUP, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
