@@ -125,6 +125,15 @@ def test_device_layout_holds_every_type(name: str) -> None:
     assert back.spec == q.spec and all(torch.equal(back.parts[part], t) for part, t in q.parts.items())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_device_memory_is_that_of_the_file(name: str) -> None:
+    """But for what the common form already adds (test_memory_is_that_of_the_file) and tables, one a device."""
+    packed = repack.pack(random_qtensor(name, (256, 1024)))
+    held = sum(t.nbytes for part, t in packed.parts._asdict().items() if t is not None and part != "table")
+    limit = {"TQ1_0": 1.23, "IQ1_S": 1.08}.get(name, 1.03)
+    assert held <= limit * 256 * gguf_blocks.row_bytes(name, 1024)
+
+
 def test_scale_of_a_whole_tensor() -> None:
     """NVFP4 files may hold one more number a tensor."""
     q = random_qtensor("NVFP4")
