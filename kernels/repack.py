@@ -1,8 +1,8 @@
 """QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
-device. Bytes stay what they were, but for K padded to a multiple of 32, for the 2 bits of a word that codes of two-level
-scales of 3 or 6 bits leave (0.6 % of Q4_K), and for the vectors of a named grid, once a device. Nothing is expanded:
+device. Bytes stay what they were, but for K padded to a multiple of 32, the 2 bits of a word that codes of two-level
+scales of 3 or 6 bits leave (0.6 % of Q4_K), and the vectors of a named grid, once a device. Nothing is expanded:
 a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 

@@ -176,7 +176,7 @@ def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
         if parts.scale_table is not None:
             number = tl.load(parts.scale_table + code.to(tl.int32))
         elif SPEC.grid_code is not None:
-            number = (code.to(tl.float32) + 0.5) * SPEC.grid_code.factor
+            number = ((code & (SPEC.scale_levels - 1)).to(tl.float32) + 0.5) * SPEC.grid_code.factor
         else:
             number = code.to(tl.float32) - SPEC.scale_code[1]
         effective = number * _supers(parts.super_scales, g, rn, N, K, SPEC)
