@@ -72,7 +72,8 @@ SPECS = (
     "codebook8.v8.x2.channel",
     "codebook12.v8.channel",
     "codebook16.v8.channel",
-    "codebook12.iq1s.v8.g32.u3:f16:8",
+    "codebook11.iq1s.v8.g32.u4:f16:8",
+    "codebook12.iq1m.v8.g16.u3:f16:16",
     "codebook15.iq2xxs.v8.g32.u4:f16:8",
     "codebook18.iq2s.v8.g16.u4:f16:16",
     "codebook23.iq3xxs.v8.g32.u4:f16:8",
@@ -223,7 +224,7 @@ def _source(case: Case) -> Any:
 def _pointers(spec: Spec) -> Parts:
     """Pointer types of the parts a QTensor of this spec has."""
     level = spec.two_level
-    scales = None if spec.family == "trellis" else "*u8" if level else _POINTERS[spec.scale]
+    scales = None if spec.family == "trellis" else _level_pointer(spec) if level else _POINTERS[spec.scale]
     mapped = level and spec.family == "codebook" and spec.table not in FIXED
     return Parts(
         codes="*i32",
@@ -236,6 +237,10 @@ def _pointers(spec: Spec) -> Parts:
         mins=scales if spec.zero == "min" else None,
         super_mins=_POINTERS[level[0]] if level and spec.zero == "min" else None,
     )
+
+
+def _level_pointer(spec: Spec) -> str:
+    return "*u8" if spec.scale_code[0] == 8 else "*i32"
 
 
 def _table_pointer(spec: Spec) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import UserError
 from . import grids, search_grids, search_levels, search_plain
 from .affine import stored
-from .families import Family, one_level_parts
+from .families import Family, level_codes, one_level_parts, spread
 from .grid import Params, blocks, search
 from .search import entries as levels_of
 from .spec import GRIDS, ROW_TABLE, Spec
@@ -58,13 +58,20 @@ def table(spec: Spec) -> Tensor:
 
 def value(spec: Spec, codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     if spec.table in GRIDS:
-        return grids.value(spec.table, codes.int()).flatten(1)
+        found = grids.value(spec.table, codes.int()).flatten(1)
+        return found.add_(_group_shifts(spec, parts, (found.shape[0], found.shape[1]))) if spec.group_shift else found
     entries = table(spec).to(codes.device) if spec.table in FIXED else parts["table"].float()
     if spec.table == ROW_TABLE:
         return entries.gather(1, codes.long())
     if spec.vec == 1:
         return entries[codes.int()]
     return _vectors(spec, codes.int(), entries).flatten(1)
+
+
+def _group_shifts(spec: Spec, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """float32 [R, C] of a grid whose shifts are the highest bits of scale codes."""
+    codes = level_codes(spec, parts["scales"], parts["super_scales"])
+    return spread(grids.shifts(codes // spec.scale_levels), spec, shape)
 
 
 def _vectors(spec: Spec, codes: Tensor, entries: Tensor) -> Tensor:

@@ -44,14 +44,16 @@ def _vectors(codes, table, SPEC: tl.constexpr):
 
 @jit
 def _grid(codes, table, SPEC: tl.constexpr):
-    """float32 [codes, 8, BN] of a named grid, as `grids.value` has them."""
+    """float32 [codes, 8, BN] of a named grid, as `grids.value` has them: without the shift of a group."""
     GRID: tl.constexpr = SPEC.grid_code
     WIDE: tl.constexpr = 8 // GRID.indices
     wide, lane = codes[:, None, :], tl.arange(0, 8)[None, :, None]
     index = (wide >> (lane // WIDE * GRID.index_bits)) & ((1 << GRID.index_bits) - 1)
     found = tl.load(table + index * WIDE + lane % WIDE).to(tl.float32)
     rest = codes >> (GRID.index_bits * GRID.indices)
-    if GRID.signs == 0:
+    if GRID.group_shift:
+        return found
+    elif GRID.signs == 0:
         return found + (grids.SHIFT - 2 * grids.SHIFT * (rest & 1).to(tl.float32))[:, None, :]
     else:
         if GRID.signs == 7:
@@ -68,6 +70,9 @@ def scale(values, parts, k0, rn, N, K, BK: tl.constexpr, SPEC: tl.constexpr):
         inside = tl.broadcast_to((rn < N)[None, :], values.shape)
         numbers = tl.load(parts.table + (rn << SPEC.bits)[None, :] + values, mask=inside, other=0).to(tl.float32)
     g = tiles.groups(k0, BK, SPEC)
+    if SPEC.group_shift:
+        shifted = tiles.level_codes(parts.scales, g, rn, N, K, SPEC) >= SPEC.scale_levels
+        numbers += tiles.expand(tl.where(shifted, -grids.SHIFT, grids.SHIFT), BK)
     return numbers * tiles.expand(tiles.scales(parts, g, rn, N, K, SPEC), BK)
 
 

@@ -97,7 +97,7 @@ def scales(spec: Spec, parts: Mapping[str, Tensor]) -> Tensor:
     if "scale_table" in parts:
         number = parts["scale_table"][codes.long()]
     elif spec.table in GRIDS:
-        number = grids.scale_numbers(spec.table, codes)
+        number = grids.scale_numbers(spec, codes)
     else:
         number = codes.float() - spec.scale_code[1]
     effective = _times_supers(spec, number, parts["super_scales"])

@@ -4,7 +4,8 @@ A code holds, lowest bits first, one index of a vector of 8 or two of vectors of
 
     8 bits   bit i set: weight i of the vector is negative
     7 bits   the same of the first seven; the eighth makes the number of minus signs even
-    shift    one bit: 1/8 is added to all weights, or subtracted where it is set
+    shift    one bit: 1/8 is added to all weights, or subtracted where it is set; a bit of the vector's code (iq1m), or
+             one for the whole group, the highest of its scale's code (iq1s)
 
 The vectors are llama.cpp's (MIT), as the `gguf` package holds them; they were found there by search, so no rule gives
 them. Scale codes of these tables stand for odd multiples of half a step: (code + 1/2) * factor.
@@ -15,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .spec import GRIDS
+from .spec import GRIDS, Spec
 
 SHIFT = 0.125
 # Class of gguf.quants that holds the vectors.
@@ -55,16 +56,21 @@ def signs(bits: int) -> Tensor:
 
 
 def value(name: str, codes: Tensor) -> Tensor:
-    """codes int32 [R, V] -> float32 [R, V, 8]."""
+    """codes int32 [R, V] -> float32 [R, V, 8], without the shift of a group."""
     table, entries = GRIDS[name], vectors(name, codes.device)
     mask = (1 << table.index_bits) - 1
     found = torch.cat([entries[codes >> (i * table.index_bits) & mask] for i in range(table.indices)], -1)
     rest = codes >> (table.index_bits * table.indices)
     if table.signs:
         return found.mul_(signs(table.signs).to(codes.device)[rest & ((1 << table.signs) - 1)])
-    return found.add_((SHIFT - 2 * SHIFT * (rest & 1))[..., None])
+    return found if table.group_shift else found.add_(shifts(rest & 1)[..., None])
 
 
-def scale_numbers(name: str, codes: Tensor) -> Tensor:
+def shifts(bits: Tensor) -> Tensor:
+    """What a shift bit, 0 or 1, adds to a weight: float32."""
+    return SHIFT - 2 * SHIFT * bits
+
+
+def scale_numbers(spec: Spec, codes: Tensor) -> Tensor:
     """What the codes of a grid's two-level scales stand for, float32, exact."""
-    return (codes.float() + 0.5) * GRIDS[name].factor
+    return ((codes & (spec.scale_levels - 1)).float() + 0.5) * GRIDS[spec.table].factor

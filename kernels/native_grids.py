@@ -25,7 +25,10 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs")),
         *((name, ctypes.c_int64) for name in ("n", "k", "words", "scale_words")),
         ("unit", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("width", "index_bits", "indices", "sign_bits", "group", "scale_bits")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("width", "index_bits", "indices", "sign_bits", "group", "scale_bits", "scale_mask")
+        ),
     )
 
 
@@ -75,7 +78,8 @@ def pack(q: QTensor) -> GridLinear:
     weight = _Weight(
         n=q.shape[0], k=q.shape[1], words=parts["codes"].shape[1], scale_words=parts["scales"].shape[1],
         unit=table.factor / 2 * step, width=spec.width, index_bits=vectors.shape[0].bit_length() - 1,
-        indices=table.indices, sign_bits=table.signs, group=spec.group, scale_bits=spec.scale_code[0],
+        indices=table.indices, sign_bits=table.signs, group=spec.group,
+        scale_bits=spec.scale_code[0], scale_mask=spec.scale_levels - 1,
         codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
         vectors=vectors.data_ptr(), signs=None if signs is None else signs.data_ptr(),
     )  # fmt: skip
@@ -87,13 +91,14 @@ def pack(q: QTensor) -> GridLinear:
 def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
     """(int8 [2**bits, 8 or 4] numbers by index, uint8 [2**signs, 8] of 0 and 255 or None, the unit of the numbers).
 
-    Where a shift is part of the code it is part of the index here: numbers are then eighths.
+    Where there is a shift bit, of the code or of the group, it is part of the index here: numbers are then eighths.
     """
     table = GRIDS[name]
     if table.signs:
         negative = grids.signs(table.signs) < 0
         return grids.vectors(name).to(torch.int8), negative.to(torch.uint8) * 255, 1.0
-    numbers = grids.value(name, torch.arange(1 << table.bits, dtype=torch.int32)[None])[0]
+    plain = grids.vectors(name)
+    numbers = torch.cat([plain + grids.SHIFT, plain - grids.SHIFT])
     return (numbers / grids.SHIFT).to(torch.int8), None, grids.SHIFT
 
 

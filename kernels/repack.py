@@ -1,9 +1,8 @@
 """QTensor <-> the layout of the device templates (tiles.py): bit planes [words, N] along K, scales [G, R'].
 
 Done once per tensor at load, on the tensor's device; `unpack` is the exact inverse, so saving never depends on a
-device. Bytes stay what they were, but for K padded to a multiple of 32 and for the 3-, 4- and 6-bit codes of two-level
-scales, which become bytes (Q2_K: 1.19 of the file, Q3_K 1.04, Q4_K and Q5_K 1.03, IQ4_XS 1.02, IQ3 1.04, IQ2 1.06 to
-1.11, IQ1_S 1.16, IQ1_M 1.18), and for the vectors of a named grid, once a device. Nothing is expanded:
+device. Bytes stay what they were, but for K padded to a multiple of 32, the 2 bits of a word that codes of two-level
+scales of 3 or 6 bits leave (0.6 % of Q4_K), and the vectors of a named grid, once a device. Nothing is expanded:
 a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its own (trellis) are left as they are.
 """
 
@@ -20,10 +19,9 @@ from .families import family, level_codes
 from .lang import HAVE_TRITON, INSTALL
 from .qtensor import QTensor, core, matrix_shape, whole_words, with_steps
 from .spec import GRIDS, Spec
-from .tiles import Parts, plane_rows, widths
+from .tiles import Parts, a_word, plane_rows, widths
 from .transform import sides
 
-_LEVELS = ("scales", "mins")
 _METADATA = ("scales", "zeros", "mins")
 
 
@@ -79,14 +77,14 @@ def pack(q: QTensor) -> Packed:
     parts = dict(inner.parts)
     if spec.table in FIXED:
         parts["table"] = _fixed(spec, parts["codes"].device)
-    for name in _LEVELS:
-        if name in parts and spec.two_level:
-            parts[name] = level_codes(spec, parts[name], parts[f"super_{name}"])
+    narrow = _narrow(parts, spec)
+    for name in narrow:
+        parts[name] = level_codes(spec, parts[name], parts[f"super_{name}"])
     for name in _METADATA:
         if name in parts:
             # A flat view of whole groups is the plain one: row r of [N * K / group, 1] is group r % G of output r // G.
             found = parts[name].reshape(n, -1) if q.spec.view == "flat" else parts[name]
-            parts[name] = found.T.contiguous()
+            parts[name] = (_level_words(found, spec) if name in narrow else found).T.contiguous()
     if family(spec).code_tile is None:
         parts["codes"] = _planes(parts["codes"].reshape(n, -1), spec, k)
     return Packed(q.spec, spec, q.shape, inner.shape, Parts(**parts), sides(q.parts))
@@ -100,14 +98,16 @@ def unpack(packed: Packed) -> QTensor:
             parts[name] = parts[name].T.contiguous()
     if packed.spec.table in FIXED:
         del parts["table"]
-    for name in _LEVELS:
-        if name in parts and packed.spec.two_level and packed.spec.scale_code[0] < 8:
-            parts[name] = bits.pack(parts[name], packed.spec.scale_code[0])
+    narrow = _narrow(parts, packed.spec)
+    for name in narrow:
+        parts[name] = _level_codes(parts[name], parts[f"super_{name}"], packed.spec)
     if family(packed.spec).code_tile is None:
         parts["codes"] = _stream(parts["codes"], packed.spec, packed.shape[1])
     if packed.original.view == "flat":
         rows = matrix_shape(packed.original, packed.shape)[0]
         parts = {name: t.reshape(rows, -1) if name in ("codes", *_METADATA) else t for name, t in parts.items()}
+    for name in narrow:
+        parts[name] = bits.pack(parts[name], packed.spec.scale_code[0])
     inner = QTensor(packed.original.without_steps(), packed.shape, parts)
     return with_steps(inner, packed.original, packed.weight_shape, packed.sides)
 
@@ -118,6 +118,28 @@ def _fixed(spec: Spec, device: torch.device) -> Tensor:
     if spec.table in GRIDS:
         return grids.vectors(spec.table).to(device, torch.int8)
     return table(spec).to(device)
+
+
+def _narrow(parts: Mapping[str, Tensor], spec: Spec) -> list[str]:
+    """Parts that are codes of two levels, narrower than bytes."""
+    narrow = spec.two_level is not None and spec.scale_code[0] < 8
+    return [name for name in ("scales", "mins") if narrow and name in parts]
+
+
+def _level_words(codes: Tensor, spec: Spec) -> Tensor:
+    """uint8 [R', G] -> int32 [R', ceil(G / per)] (tiles.py)."""
+    width = spec.scale_code[0]
+    per = a_word(width)
+    whole = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per))
+    return bits.pack(whole.view(-1, per), width).view(codes.shape[0], -1)
+
+
+def _level_codes(words: Tensor, supers: Tensor, spec: Spec) -> Tensor:
+    """The inverse of `_level_words`; the number of super scales says how many groups there are."""
+    assert spec.two_level is not None
+    width, rows = spec.scale_code[0], words.shape[0]
+    codes = bits.unpack(words.reshape(-1, 1), width, a_word(width)).view(rows, -1)
+    return codes[:, : supers.numel() * spec.two_level[1] // rows]
 
 
 def _planes(stream: Tensor, spec: Spec, k: int) -> Tensor:

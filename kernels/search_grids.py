@@ -26,13 +26,6 @@ _TINY = 1e-15
 _LEAST = 1e-38
 
 
-class _Side(NamedTuple):
-    """Vectors to choose from, float32 [E, v], and what is added to an index for the code."""
-
-    vectors: Tensor
-    code: int
-
-
 class _Choice(NamedTuple):
     """chosen int64 [B, group / v]; sums over a group [B] of w * x * q and w * q**2, q being the chosen vectors."""
 
@@ -49,13 +42,13 @@ def fit(w: Tensor, spec: Spec, weight: Tensor | None) -> Params:
     return params(spec, by_pieces(w, weight, partial(_search, spec=spec)))
 
 
-def _sides(name: str, device: torch.device) -> list[_Side]:
-    """What a group chooses between: one set of vectors, or (one shift for the whole group) two."""
+def _sides(name: str, device: torch.device) -> list[Tensor]:
+    """What a group chooses between, float32 [E, v]: one set of vectors, or (one shift for the whole group) two."""
     table, vectors = GRIDS[name], grids.vectors(name, device)
     if table.signs:
-        return [_Side(vectors, 0)]
-    shifted = [_Side(vectors + grids.SHIFT, 0), _Side(vectors - grids.SHIFT, 1 << table.index_bits)]
-    return shifted if name == "iq1s" else [_Side(torch.cat([side.vectors for side in shifted]), 0)]
+        return [vectors]
+    shifted = [vectors + grids.SHIFT, vectors - grids.SHIFT]
+    return shifted if table.group_shift else [torch.cat(shifted)]
 
 
 def _search(x: Tensor, weight: Tensor, spec: Spec) -> Found:
@@ -73,9 +66,12 @@ def _search(x: Tensor, weight: Tensor, spec: Spec) -> Found:
     sxq, sqq = (torch.stack([sums[i] for _, sums in tried]).gather(0, pick[None])[0] for i in (0, 1))
     scale, found = _store(spec, (sxq / sqq.clamp(min=_LEAST)).clamp(min=0), sqq)
     last = [_nearest(numbers, importance, scale, side) for side in sides]
-    index = torch.stack([choice.chosen + side.code for choice, side in zip(last, sides, strict=True)])
-    chosen = index.gather(0, _final(last, scale)[None, :, None].expand(1, *index.shape[1:]))[0]
+    index, side = torch.stack([choice.chosen for choice in last]), _final(last, scale)
+    chosen = index.gather(0, side[None, :, None].expand(1, *index.shape[1:]))[0]
     codes = _codes(chosen, signs, table)
+    if table.group_shift:
+        shift = (side * spec.scale_levels).to(torch.uint8)
+        found["scale_codes"] = found["scale_codes"] + shift.view_as(found["scale_codes"])
     found |= {"scales": scale, "codes": codes}
     return {name: t.reshape(rows, -1) for name, t in found.items()}
 
@@ -99,9 +95,9 @@ def _magnitudes(numbers: Tensor, importance: Tensor, bits: int) -> tuple[Tensor,
     return magnitudes, ((negative ^ flip) * places).sum(-1).int()
 
 
-def _best(numbers: Tensor, importance: Tensor, side: _Side) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _best(numbers: Tensor, importance: Tensor, side: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The scale [B] of the best try, and the sums its vectors leave."""
-    most = numbers.abs().amax(1) / side.vectors.abs().max()
+    most = numbers.abs().amax(1) / side.abs().max()
     scale, sums = torch.zeros_like(most), (torch.zeros_like(most), torch.zeros_like(most))
     gain = torch.zeros_like(most)
     for attempt in (*_TRIES, None):
@@ -113,16 +109,16 @@ def _best(numbers: Tensor, importance: Tensor, side: _Side) -> tuple[Tensor, tup
     return scale, sums
 
 
-def _nearest(numbers: Tensor, importance: Tensor, scale: Tensor, side: _Side) -> _Choice:
+def _nearest(numbers: Tensor, importance: Tensor, scale: Tensor, side: Tensor) -> _Choice:
     """The vectors nearest to numbers / scale in the distance that importance weighs."""
-    groups, width = numbers.shape[0], side.vectors.shape[1]
+    groups, width = numbers.shape[0], side.shape[1]
     w = importance.reshape(-1, width)
     wx = importance * numbers
     inverse = torch.where(scale > _TINY, 1 / scale, 0.0)
-    scores = (wx * inverse[:, None]).view(-1, width) @ (-2 * side.vectors.t())
-    scores.addmm_(w, (side.vectors * side.vectors).t())
+    scores = (wx * inverse[:, None]).view(-1, width) @ (-2 * side.t())
+    scores.addmm_(w, (side * side).t())
     index = scores.argmin(1)
-    found = side.vectors[index].view(groups, -1)
+    found = side[index].view(groups, -1)
     return _Choice(index.view(groups, -1), (wx * found).sum(1), (importance * found * found).sum(1))
 
 
@@ -137,7 +133,7 @@ def _store(spec: Spec, values: Tensor, sharp: Tensor) -> tuple[Tensor, Found]:
     """Scales [B] >= 0 as they will be decoded, and the codes and float16 they are decoded from."""
     level = spec.two_level
     assert level is not None
-    factor, top = GRIDS[spec.table].factor, (1 << spec.scale_code[0]) - 1
+    factor, top = GRIDS[spec.table].factor, spec.scale_levels - 1
     nearest: Callable[[Tensor], Tensor] = lambda t: ((t / factor - 0.5).round_().clamp_(0, top) + 0.5) * factor  # noqa: E731
     most = (top + 0.5) * factor
     levels = Levels(nearest, [most + step * factor for step in (-2.0, -1.0, -0.5, 0.0, 0.25, 0.5)])

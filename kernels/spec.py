@@ -59,10 +59,12 @@ class GridCode:
     signs: int
     # The codes of two-level scales stand for (code + 1/2) * factor.
     factor: float
+    # Whether the shift bit is one of a group: the highest of its scale's code.
+    group_shift: bool = False
 
     @property
     def bits(self) -> int:
-        return self.index_bits * self.indices + (self.signs or 1)
+        return self.index_bits * self.indices + (self.signs or int(not self.group_shift))
 
 
 # Codebook: named grids of vectors, whose codes hold indices and signs.
@@ -72,7 +74,7 @@ GRIDS = {
     "iq2s": GridCode(10, 1, 8, 0.25),
     "iq3xxs": GridCode(8, 2, 7, 0.5),
     "iq3s": GridCode(9, 2, 8, 2.0),
-    "iq1s": GridCode(11, 1, 0, 2.0),
+    "iq1s": GridCode(11, 1, 0, 2.0, group_shift=True),
     "iq1m": GridCode(11, 1, 0, 2.0),
 }
 # Codebook: a table for every output row, of any width up to 8 bits.
@@ -171,6 +173,8 @@ class Spec:
         if self.table not in (accepted or [""]):
             names = [name for name in accepted if name]
             return f"table {self.table!r} does not fit {self.family}{self.bits}; accepted: {', '.join(names) or 'none'}"
+        if self.group_shift and self.two_level is None:
+            return f"{self.table} has the shift of a group in the code of its scale; accepted: two levels, as u4:f16:8"
         return ""
 
     def _step_problem(self) -> str:
@@ -201,6 +205,16 @@ class Spec:
         match = _TWO_LEVEL.fullmatch(self.scale)
         assert match, self.scale
         return int(match[2]), 1 << (int(match[2]) - 1) if match[1] == "s" else 0
+
+    @property
+    def scale_levels(self) -> int:
+        """Different numbers the code of a two-level scale can be: its low bits where the highest is a group's shift."""
+        return 1 << (self.scale_code[0] - self.group_shift)
+
+    @property
+    def group_shift(self) -> bool:
+        """Whether the highest bit of a scale's code is the shift of its group."""
+        return self.grid_code is not None and self.grid_code.group_shift
 
     @property
     def grid_code(self) -> GridCode | None:

@@ -12,7 +12,9 @@ A tile is BK inputs by BN outputs of W [K, N], N being contiguous. `parts` is a 
             12 is 8 + 4, 24 is 16 + 8, and a plane has ceil(ceil(K / 32) * width / vec) rows.
             The trellis keeps tiles of its own (trellis_device.py).
     scales, zeros, mins   [G, R'] (`Spec.rows` outputs and `Spec.group` inputs each), any dtype; the trellis has none.
-                    The codes of two levels are bytes here, however narrow
+                    Codes of two levels that are narrower than bytes: int32 [ceil(G / per), R'], per = `a_word(bits)`
+                    groups a word, low bits first. (6 bits: 5 groups in 30 of 32 bits. Planes of 4 + 2 bits would waste
+                    nothing, which is 0.6 % of Q4_K, and be read by twice the loads.)
     table           [2**bits], [N, 2**bits] or [books, 2**bits, vec], any float dtype; of a named grid int8
                     [2**index_bits, 8 / indices], one for all weights of a device
     super_scales, scale_table, scale_offset   second level of the scales, by the row-major order of [R', G]
@@ -69,6 +71,11 @@ def widths(bits: int) -> list[int]:
 def plane_rows(k: int, width: int, vec: int) -> int:
     """Rows of words of the plane of `width` bits."""
     return -(-(-(-k // 32) * width) // vec)
+
+
+def a_word(bits: int) -> int:
+    """Codes of two-level scales that share an int32, none of them in two."""
+    return 32 // bits
 
 
 @jit
@@ -132,8 +139,8 @@ def _count(K, SPEC: tl.constexpr):
 
 
 @jit
-def metadata(pointer, g, rn, N, K, SPEC: tl.constexpr):
-    """[GT, BN] of a [G, R'] array, in its own dtype."""
+def metadata(pointer, g, rn, N, K, SPEC: tl.constexpr, PER: tl.constexpr = 1):
+    """[GT, BN] of a [G, R'] array, in its own dtype; PER: the words [ceil(G / PER), R'] that hold groups g."""
     if SPEC.rows == -1:
         width = 1
         columns = rn * 0
@@ -141,26 +148,38 @@ def metadata(pointer, g, rn, N, K, SPEC: tl.constexpr):
         width = tl.cdiv(N, SPEC.rows)
         columns = rn // SPEC.rows
     inside = (g < _count(K, SPEC))[:, None] & (rn < N)[None, :]
-    return tl.load(pointer + g[:, None] * width + columns[None, :], mask=inside, other=0)
+    return tl.load(pointer + (g // PER)[:, None] * width + columns[None, :], mask=inside, other=0)
+
+
+@jit
+def level_codes(pointer, g, rn, N, K, SPEC: tl.constexpr):
+    """Codes of two-level scales or mins, int [GT, BN]."""
+    BITS: tl.constexpr = SPEC.scale_code[0]
+    if BITS == 8:
+        return metadata(pointer, g, rn, N, K, SPEC)
+    else:
+        PER: tl.constexpr = 32 // BITS
+        words = metadata(pointer, g, rn, N, K, SPEC, PER)
+        return (words >> (g % PER * BITS)[:, None]) & ((1 << BITS) - 1)
 
 
 @jit
 def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
     """Effective scales float32 [GT, BN], in the steps of `families.scales`."""
-    stored = metadata(parts.scales, g, rn, N, K, SPEC)
     if parts.super_scales is None:
-        one = _one_level(stored, SPEC)
+        one = _one_level(metadata(parts.scales, g, rn, N, K, SPEC), SPEC)
         if parts.global_scale is not None:
             one *= tl.load(parts.global_scale).to(tl.float32)
         return one
     else:
+        code = level_codes(parts.scales, g, rn, N, K, SPEC)
         if parts.scale_table is not None:
-            code = tl.load(parts.scale_table + stored.to(tl.int32))
+            number = tl.load(parts.scale_table + code.to(tl.int32))
         elif SPEC.grid_code is not None:
-            code = (stored.to(tl.float32) + 0.5) * SPEC.grid_code.factor
+            number = ((code & (SPEC.scale_levels - 1)).to(tl.float32) + 0.5) * SPEC.grid_code.factor
         else:
-            code = stored.to(tl.float32) - SPEC.scale_code[1]
-        effective = code * _supers(parts.super_scales, g, rn, N, K, SPEC)
+            number = code.to(tl.float32) - SPEC.scale_code[1]
+        effective = number * _supers(parts.super_scales, g, rn, N, K, SPEC)
         if parts.scale_offset is not None:
             effective += tl.load(parts.scale_offset).to(tl.float32)
         return effective
@@ -169,11 +188,10 @@ def scales(parts, g, rn, N, K, SPEC: tl.constexpr):
 @jit
 def mins(parts, g, rn, N, K, SPEC: tl.constexpr):
     """Effective mins float32 [GT, BN], in the steps of `families.mins`."""
-    stored = metadata(parts.mins, g, rn, N, K, SPEC)
     if parts.super_mins is None:
-        return _one_level(stored, SPEC)
+        return _one_level(metadata(parts.mins, g, rn, N, K, SPEC), SPEC)
     else:
-        return stored.to(tl.float32) * _supers(parts.super_mins, g, rn, N, K, SPEC)
+        return level_codes(parts.mins, g, rn, N, K, SPEC).to(tl.float32) * _supers(parts.super_mins, g, rn, N, K, SPEC)
 
 
 @jit

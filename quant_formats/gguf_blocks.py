@@ -1,7 +1,7 @@
 """GGUF tensor types: the spec of each, and raw rows of blocks <-> QTensor. Layouts: llama.cpp's ggml-common.h (MIT).
 
-Parts of the IQ1, IQ2 and IQ3 types: kernels/grids.py. IQ1_S takes 6 % more memory than in the file (a shift bit for 8
-weights instead of 32), TQ1_0 22 % (2 bits instead of five trits a byte), all others what they take there.
+Parts of the IQ1, IQ2 and IQ3 types: kernels/grids.py. TQ1_0 takes 22 % more memory than in the file (2 bits
+instead of five trits a byte), all others what they take there.
 
 `pack(name, unpack(name, raw, shape))` is `raw`, byte for byte, of every file that a quantizer wrote. Bytes that none
 writes and that would not come back: those of TQ1_0 that are not the canonical form of their five trits. An E4M3 scale
@@ -152,7 +152,7 @@ BLOCKS = {
         Plane("scales", 4, 4, 1),
     ),
     "IQ1_S": _block(
-        "codebook12.iq1s.v8.g32.u3:f16:8",
+        "codebook11.iq1s.v8.g32.u4:f16:8",
         256,
         _SUPER,
         Plane("codes", 32, 8, 1, wide=True),

@@ -16,8 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-
 Parts = dict[str, Tensor]
 
 
@@ -200,23 +198,19 @@ class SignsAndScale:
 
 @dataclass(frozen=True)
 class ShiftAndScale:
-    """IQ1_S: 3 high index bits of each of 4 codes, the 3-bit scale of all of them, and the shift of all of them."""
+    """IQ1_S: 3 high index bits of each of 4 codes, then the 3-bit scale of all of them and above it their shift."""
 
     size: int = 2
 
     def read(self, raw: Tensor, parts: Parts) -> None:
         word = raw.view(torch.int16).int()
         high = torch.cat([word >> shift & 7 for shift in (0, 3, 6, 9)], 1)
-        _add(parts, "codes", high << 8 | (word >> 15 & 1) << 11)
-        parts["scales"] = (word >> 12 & 7).to(torch.uint8)
+        _add(parts, "codes", high << 8)
+        parts["scales"] = (word >> 12 & 15).to(torch.uint8)
 
     def write(self, parts: Mapping[str, Tensor]) -> Tensor:
-        codes = parts["codes"]
-        shift = codes >> 11 & 1
-        if not torch.equal(shift, shift[:, :1].expand_as(shift)):
-            raise UserError("IQ1_S has one shift for 32 weights, and these codes differ in it; accepted: equal ones")
-        word = parts["scales"].int() << 12 | shift[:, :1] << 15
-        for i, code in enumerate(codes.split(1, 1)):
+        word = parts["scales"].int() << 12
+        for i, code in enumerate(parts["codes"].split(1, 1)):
             word = word | (code >> 8 & 7) << (3 * i)
         return word.to(torch.int16).view(torch.uint8)
 

@@ -76,9 +76,9 @@ def test_bytes_of_llama_cpp_come_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_is_that_of_the_file(name: str) -> None:
-    """TQ1_0's five trits a byte become 2 bits each, IQ1_S's shift is a bit for 8 weights instead of 32."""
+    """TQ1_0's five trits a byte become 2 bits each."""
     q = random_qtensor(name, (8, 4096))
-    limit = {"TQ1_0": 1.23, "IQ1_S": 1.06}.get(name, 1.001)
+    limit = {"TQ1_0": 1.23}.get(name, 1.001)
     assert q.nbytes <= limit * 8 * gguf_blocks.row_bytes(name, 4096)
 
 
@@ -123,6 +123,15 @@ def test_device_layout_holds_every_type(name: str) -> None:
     assert repack.layout_problem(q) == ""
     back = repack.unpack(repack.pack(q))
     assert back.spec == q.spec and all(torch.equal(back.parts[part], t) for part, t in q.parts.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_device_memory_is_that_of_the_file(name: str) -> None:
+    """But for tables, one a device, and TQ1_0 (test_memory_is_that_of_the_file)."""
+    packed = repack.pack(random_qtensor(name, (256, 1024)))
+    held = sum(t.nbytes for part, t in packed.parts._asdict().items() if t is not None and part != "table")
+    limit = {"TQ1_0": 1.23}.get(name, 1.03)
+    assert held <= limit * 256 * gguf_blocks.row_bytes(name, 1024)
 
 
 def test_scale_of_a_whole_tensor() -> None:

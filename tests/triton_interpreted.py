@@ -82,8 +82,10 @@ def random_scales(spec: Spec, grid: tuple[int, int]) -> dict[str, Tensor]:
     if level is None:
         return {"scales": ((torch.rand(grid) + 0.5) * size).to(scale_dtype(spec.scale))}
     super_scales = torch.rand(-(-grid[0] * grid[1] // level[1])) + 0.5
+    width = spec.scale_code[0]
+    codes = torch.randint(0, 1 << width, grid, dtype=torch.uint8)
     found = {
-        "scales": torch.randint(0, 256, grid, dtype=torch.uint8),
+        "scales": codes if width == 8 else bits.pack(codes, width),
         "super_scales": super_scales.to(scale_dtype(level[0])),
     }
     if spec.family == "codebook":
@@ -152,6 +154,20 @@ def test_every_finite_fp8_code_and_nan() -> None:
 )
 def test_other_decodes_as_their_twins(text: str) -> None:
     check_decode(text, (70, 192) if ".flat" in text else (37, 172))
+
+
+@pytest.mark.parametrize("width", [3, 4, 6])
+@pytest.mark.parametrize("sign", ["u", "s"])
+@pytest.mark.parametrize("groups", ["g16", "g32", "g48", "g2x32", "channel"])
+def test_narrow_codes_of_scales(width: int, sign: str, groups: str) -> None:
+    """22 groups, or 8 or 1: they end inside a word. A group of 48 neither divides nor is divided by any tile."""
+    group = int(groups.removeprefix("g2x").lstrip("g")) if groups != "channel" else 40
+    count = 1 if groups == "channel" else 22
+    check_decode(f"affine4.{groups}.sym.{sign}{width}:f16:{count}", (38, count * group))
+
+
+def test_narrow_codes_of_a_flat_view() -> None:
+    check_decode("affine4.g32.sym.s6:f16:1.flat", (37, 160))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 31), (3, 33), (65, 129), (64, 128)])

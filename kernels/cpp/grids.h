@@ -14,14 +14,15 @@ constexpr int64_t UNIT = 16, OCTETS = CHUNK / 8;
 // Mirrored by kernels/native_grids.py; only pointers, int64, float and int32 in this order.
 struct Weight {
   const uint32_t* codes;     // [n][words], `width` bits for 8 inputs: indices, then signs
-  const uint32_t* scales;    // [n][scale_words], `scale_bits` bits a group: 2 * code + 1 is the scale
+  const uint32_t* scales;    // [n][scale_words], `scale_bits` bits a group: 2 * (code & scale_mask) + 1 is the scale, the bit above
+                             // it (where there is one) the highest of the indices of the group's vectors
   const uint16_t* supers;    // float16 [n][k / 256]
   const int8_t* vectors;     // [2^index_bits][8 / indices], none of them 0
   const uint8_t* signs;      // [2^sign_bits][8], 0 or 255; or null
   int64_t n, k;              // k a multiple of 256
   int64_t words, scale_words;
   float unit;                // of the scale
-  int32_t width, index_bits, indices, sign_bits, group, scale_bits;
+  int32_t width, index_bits, indices, sign_bits, group, scale_bits, scale_mask;
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
 };
@@ -64,18 +65,19 @@ void decode(const Weight& weight, int64_t nb, int64_t chunk, Panel& to) {
     const int64_t row = std::min(nb * ROWS + r, w.n - 1);
     const uint32_t *codes = w.codes + row * w.words, *scales = w.scales + row * w.scale_words;
     const uint32_t words = static_cast<uint32_t>(w.words), scale_words = static_cast<uint32_t>(w.scale_words), width = w.width, bits = w.scale_bits;
-    const uint32_t units = w.group / UNIT, groups = CHUNK / w.group;
+    const uint32_t units = w.group / UNIT, octets = w.group / 8, groups = CHUNK / w.group, mask = w.scale_mask;
     uint32_t at = static_cast<uint32_t>(chunk * OCTETS) * width;
-    for (int64_t o = 0; o < OCTETS; ++o, at += width) {
-      const uint64_t numbers = octet<INDICES, SIGNS>(w, field(codes, words, at, width));
-      std::memcpy(to.value[o][r], &numbers, 8);
-    }
     for (uint32_t g = 0; g < groups; ++g) {
       const uint32_t from = (static_cast<uint32_t>(chunk) * groups + g) * bits;
-      // 256 inputs of IQ1_S have one word of scales.
+      // 256 inputs with 8 codes of up to 4 bits have one word of scales.
       const uint32_t code = scale_words > 1 ? field(scales, scale_words, from, bits) : scales[0] >> from & ((1u << bits) - 1);
-      const uint64_t four = (2 * code + 1) * 0x0001000100010001u;
+      const uint64_t four = (2 * (code & mask) + 1) * 0x0001000100010001u;
       for (uint32_t u = 0; u < units; ++u) std::memcpy(to.scale[g * units + u][r], &four, 8);
+      const uint32_t high = (code & ~mask) << (width + 1 - bits);
+      for (uint32_t o = g * octets; o < (g + 1) * octets; ++o, at += width) {
+        const uint64_t numbers = octet<INDICES, SIGNS>(w, field(codes, words, at, width) | high);
+        std::memcpy(to.value[o][r], &numbers, 8);
+      }
     }
   }
 }
