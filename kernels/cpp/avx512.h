@@ -243,6 +243,9 @@ BITSMITH_512_INLINE void tile(const Weight& w, const Input& x, const uint8_t* co
   for (int m = 0; m < MR; ++m) _mm512_storeu_ps(total + m * ROWS, all[m]);
 }
 
+// Whether `many` beats `few`: codes unpacked once for all rows; with short groups, sums that stay in registers.
+inline bool tiled(const Input& x) { return x.m > TILE || (x.m > 4 && x.chunk == BLOCK); }
+
 // 16 outputs, all rows of int8 activations: codes are unpacked once for all of them.
 template <int BITS>
 BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
@@ -276,7 +279,7 @@ BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int
 template <int BITS, int KIND>
 BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   if constexpr (KIND == INT8)
-    if (x.m > TILE) return many<BITS>(w, x, nb, y, dtype);
+    if (tiled(x)) return many<BITS>(w, x, nb, y, dtype);
   int64_t m = 0;
   for (; m + 8 <= x.m; m += 8) few<BITS, KIND, 8>(w, x, m, nb, y, dtype);
   switch (x.m - m) {

@@ -154,7 +154,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 9; }
+BITSMITH_API int32_t bitsmith_abi() { return 10; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -178,7 +178,9 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
   const auto one = [&](int64_t row) { prepare(w, x, x_dtype, row, in); };
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
-  if (path == AVX512 && w.kind == INT8 && m > TILE) interleave_tiles(in.q, in.stride, m, in.inputs, threads, in.tiles);
+#if BITSMITH_X86
+  if (path == AVX512 && w.kind == INT8 && avx512::tiled(in)) interleave_tiles(in.q, in.stride, m, in.inputs, threads, in.tiles);
+#endif
   const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
   pool().run(tasks, threads, [&](int64_t task) {
     for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
