@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops
+from .paths import native_allowed
 
 LARGEST_KEY_DIM = 256
 Call = Callable[[], object]
@@ -55,8 +56,9 @@ def _functions() -> ctypes.CDLL:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the library is there and all of `tensors` are what it takes: bfloat16 on the CPU, rows contiguous."""
-    return _library() is not None and not any(map(_strange, tensors))
+    """Whether the library is there and wanted, and all of `tensors` are what it takes: bfloat16 on the CPU, rows
+    contiguous."""
+    return native_allowed() and _library() is not None and not any(map(_strange, tensors))
 
 
 def _strange(t: Tensor) -> bool:
@@ -106,7 +108,8 @@ ops.BINDS[torch.ops.aten.add.Tensor] = _add_call
 def scatters(part: Tensor, x: Tensor, slots: Tensor) -> bool:
     """Whether `scatter` takes them: on the CPU, one dtype, rows dense."""
     return (
-        _library() is not None
+        native_allowed()
+        and _library() is not None
         and part.is_cpu
         and part.dtype is x.dtype
         and part[0].is_contiguous()
