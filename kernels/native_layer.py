@@ -92,8 +92,9 @@ def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> C
 def _add_call(results: Sequence[Tensor], a: Tensor, b: object, alpha: float = 1) -> Call | None:
     """torch's own sum as a call of the library; None where it is another one than that of a residual."""
     y = results[0]
-    same = isinstance(b, Tensor) and usable(a, b, y) and a.shape == b.shape and alpha == 1
-    if not (same and all(t.is_contiguous() for t in (a, b, y))):
+    if not isinstance(b, Tensor) or a.shape != b.shape or alpha != 1 or not usable(a, b, y):
+        return None
+    if not all(t.is_contiguous() for t in (a, b, y)):
         return None
     return partial(
         _functions().bitsmith_add, a.data_ptr(), b.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads()
