@@ -4,15 +4,15 @@
     CUDA tensors                 kernels/cuda.py (Triton)
     CPU tensors                  kernels/cpu.py, in bfloat16
 
-`BITSMITH_KERNELS=reference|triton|cpu` forces one of the three, whatever the dtype (`triton` on CPU tensors needs
-TRITON_INTERPRET=1). A model loaded with exact=True stays exact.
+`BITSMITH_KERNELS=reference|triton|cpu` (paths.py) forces one of the three, whatever the dtype. A model loaded with
+exact=True stays exact, and its activations are never rounded: a spec that ends in `.a8` then means its weights alone.
+To see what its activations cost, load it in float32 without exact=True.
 
 What a product holds replaces the QTensor: it gives the very same one back (`qtensor`), so saving after a forward pass
 equals saving before, and nothing is kept twice.
 """
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from ..errors import UserError
 from . import activation, cpu
+from .paths import forced
 from .qtensor import QTensor, core, core_shape, with_steps
 from .spec import ACTS, Spec
 from .transform import apply_post, apply_pre, sides
 
 log = logging.getLogger(__name__)
 
-PATHS = ("reference", "triton", "cpu")
 # Weights dequantized at a time by the reference: 16 MB of float32.
 _PIECE = 1 << 22
 
@@ -149,13 +149,12 @@ class RoundedInput:
 def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "") -> Matmul:
     """The product of `q` for inputs of `dtype`. The caller drops `q`.
 
-    exact: dequantized values exactly, whatever it costs. act: "" or "a8" (activations in 8 bits, activation.py), in
-    addition to what the spec asks for. Raises UserError for an unknown `act`, an unknown BITSMITH_KERNELS, or one
-    that this tensor's device rules out.
+    exact: dequantized values exactly, whatever it costs, and activations as they are. act: "" or "a8" (activations in
+    8 bits, activation.py), in addition to what the spec asks for. Raises UserError for what `check_act` refuses, an
+    unknown BITSMITH_KERNELS, or one that this tensor's device rules out.
     """
-    act = act or q.spec.act
-    if act not in ACTS:
-        raise UserError(f"activation quantization is {act!r}; accepted: a8 (8 bits per token), or leave it out")
+    check_act(act, exact)
+    act = "" if exact else act or q.spec.act
     path = "reference" if exact else _path(q, dtype)
     inner = core(q)
     if path == "cpu" and act and (found := cpu.int8_linear(inner)):
@@ -171,6 +170,16 @@ def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "
     return RoundedInput(product, q.spec) if act else product
 
 
+def check_act(act: str, exact: bool) -> None:
+    """UserError for an activation quantization that is unknown, or asked for beside `exact`."""
+    if act not in ACTS:
+        raise UserError(f"activation quantization is {act!r}; accepted: a8 (8 bits per token), or leave it out")
+    if exact and act:
+        raise UserError(
+            f"exact=True never rounds activations and act={act!r} asks for 8 bits of them; leave one of the two out"
+        )
+
+
 def _path(q: QTensor, dtype: torch.dtype) -> str:
     device = q.parts["codes"].device.type
     path = forced()
@@ -179,16 +188,6 @@ def _path(q: QTensor, dtype: torch.dtype) -> str:
     if path == "cpu" and device != "cpu":
         raise UserError(
             f"BITSMITH_KERNELS is 'cpu' but the weights are on {device}; load with device='cpu' or unset it"
-        )
-    return path
-
-
-def forced() -> str:
-    """The path that BITSMITH_KERNELS asks for, "" if none. UserError if there is no such path."""
-    path = os.environ.get("BITSMITH_KERNELS", "")
-    if path and path not in PATHS:
-        raise UserError(
-            f"BITSMITH_KERNELS is {path!r}; accepted: {', '.join(PATHS)}, or unset to choose by device and dtype"
         )
     return path
 

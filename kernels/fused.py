@@ -12,8 +12,8 @@ otherwise be another model's: `form` of a norm says which of the three in use it
     llama  weight * round(x / rms)         gemma  round((x / rms) * (1 + weight))         float  round(weight * x / rms)
 
 One launch on a GPU; on a CPU one call of the native library (native_layer.py) in bfloat16, and the torch twins below
-otherwise, which are the oracle of both. Left out: LayerNorm, exact (erf) GELU, the residual's sum (results/LOG.md),
-gradients.
+otherwise, which are the oracle of both; BITSMITH_KERNELS (paths.py) forces one of the three. Left out: LayerNorm, exact
+(erf) GELU, the residual's sum (results/LOG.md), gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from . import native_layer, ops
 from .cases import Case, Target, Weight
-from .lang import EXACT, interpreted, jit, tl
+from .lang import EXACT, jit, tl
+from .paths import takes_triton
 from .plans import power_of_two
 
 FORMS = ("llama", "gemma", "float")
@@ -133,10 +134,6 @@ def gated_twin(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return ((F.silu(g) if act == "silu" else F.gelu(g, approximate="tanh")) * up.float()).to(gate.dtype)
 
 
-def _on_device(x: Tensor) -> bool:
-    return x.is_cuda or interpreted()
-
-
 def _rows(x: Tensor) -> Tensor:
     """[A, B, W] with W contiguous: a view where the leading dimensions can be merged."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -162,7 +159,7 @@ def _launch_norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
-    if _on_device(x):
+    if takes_triton(x):
         return _launch_norm(x, weight, eps, form)
     if native_layer.usable(x, weight):
         y, rows = torch.empty(x.shape, dtype=x.dtype), _rows(x)
@@ -172,7 +169,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
 
 
 def _bind_norm(y: Sequence[Tensor], x: Tensor, weight: Tensor, eps: float, form: str) -> native_layer.Call | None:
-    if _on_device(x) or not native_layer.usable(x, weight) or _moved(_rows(x), x):
+    if takes_triton(x) or not native_layer.usable(x, weight) or _moved(_rows(x), x):
         return None
     return native_layer.norm(y[0], _rows(x), weight, eps, FORMS.index(form))
 
@@ -183,7 +180,7 @@ def _moved(view: Tensor, x: Tensor) -> bool:
 
 
 def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    if not _on_device(q):
+    if not takes_triton(q):
         if native_layer.usable(q, k, cos, sin):
             cos, sin = cos.contiguous(), sin.contiguous()
             turned = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
@@ -208,7 +205,7 @@ def _bind_rope(
     y: Sequence[Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
 ) -> native_layer.Call | None:
     dense = cos.is_contiguous() and sin.is_contiguous()
-    if _on_device(q) or not dense or not native_layer.usable(q, k, cos, sin):
+    if takes_triton(q) or not dense or not native_layer.usable(q, k, cos, sin):
         return None
     of_q, of_k = (native_layer.turn(to, x, cos, sin, interleaved) for to, x in zip(y, (q, k), strict=True))
 
@@ -220,7 +217,7 @@ def _bind_rope(
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
-    if not _on_device(gate):
+    if not takes_triton(gate):
         if native_layer.usable(gate, up):
             y = torch.empty(gate.shape, dtype=gate.dtype)
             a, b = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
@@ -239,7 +236,7 @@ def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 
 def _bind_gated(y: Sequence[Tensor], gate: Tensor, up: Tensor, act: str) -> native_layer.Call | None:
-    if _on_device(gate) or not native_layer.usable(gate, up):
+    if takes_triton(gate) or not native_layer.usable(gate, up):
         return None
     a, b = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     return None if _moved(a, gate) or _moved(b, up) else native_layer.gated(y[0], a, b, ACTS.index(act))

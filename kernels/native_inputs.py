@@ -22,7 +22,7 @@ def rounded_activations(x: Tensor, group: int) -> Tensor:
 
 
 def int8_activations() -> bool:
-    """Whether affine weights may meet int8 activations. UserError for an unknown BITSMITH_ACT."""
+    """Whether weights may meet int8 activations. UserError for an unknown BITSMITH_ACT."""
     found = os.environ.get("BITSMITH_ACT", "int8")
     if found not in ("int8", "bf16"):
         raise UserError(f"BITSMITH_ACT is {found!r}; accepted: int8 (the default) or bf16")

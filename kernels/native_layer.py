@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native, ops
+from .paths import native_allowed
 
 LARGEST_KEY_DIM = 256
 Call = Callable[[], object]
@@ -55,8 +56,9 @@ def _functions() -> ctypes.CDLL:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the library is there and all of `tensors` are what it takes: bfloat16 on the CPU, rows contiguous."""
-    return _library() is not None and not any(map(_strange, tensors))
+    """Whether the library is there and wanted, and all of `tensors` are what it takes: bfloat16 on the CPU, rows
+    contiguous."""
+    return native_allowed() and _library() is not None and not any(map(_strange, tensors))
 
 
 def _strange(t: Tensor) -> bool:
@@ -90,8 +92,9 @@ def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> C
 def _add_call(results: Sequence[Tensor], a: Tensor, b: object, alpha: float = 1) -> Call | None:
     """torch's own sum as a call of the library; None where it is another one than that of a residual."""
     y = results[0]
-    same = isinstance(b, Tensor) and usable(a, b, y) and a.shape == b.shape and alpha == 1
-    if not (same and all(t.is_contiguous() for t in (a, b, y))):
+    if not isinstance(b, Tensor) or a.shape != b.shape or alpha != 1 or not usable(a, b, y):
+        return None
+    if not all(t.is_contiguous() for t in (a, b, y)):
         return None
     return partial(
         _functions().bitsmith_add, a.data_ptr(), b.data_ptr(), y.data_ptr(), y.numel(), torch.get_num_threads()
@@ -106,7 +109,8 @@ ops.BINDS[torch.ops.aten.add.Tensor] = _add_call
 def scatters(part: Tensor, x: Tensor, slots: Tensor) -> bool:
     """Whether `scatter` takes them: on the CPU, one dtype, rows dense."""
     return (
-        _library() is not None
+        native_allowed()
+        and _library() is not None
         and part.is_cpu
         and part.dtype is x.dtype
         and part[0].is_contiguous()

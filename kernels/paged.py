@@ -28,10 +28,10 @@ from . import paged_attention as kernels
 from .attention import Parts
 from .cases import Case, Target, Weight
 from .cuda import power_of_two
-from .dispatch import forced
 from .kv_device import KVDevice
 from .lang import EXACT, HAVE_TRITON, interpreted
 from .paged_tiles import Gpu, Heads, Tile, gpu, splits, tile
+from .paths import forced
 
 log = logging.getLogger(__name__)
 

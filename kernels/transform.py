@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import ops
-from .lang import HAVE_TRITON, interpreted
+from .paths import takes_triton
 from .spec import Spec
 
 # The parts of a QTensor that belong to steps.
@@ -112,7 +112,7 @@ def _rotated(x: Tensor, vector: Tensor | None, block: int, first: bool) -> Tenso
 
 
 def _rotate(x: Tensor, vector: Tensor | None, block: int, first: bool) -> Tensor:
-    if HAVE_TRITON and (x.is_cuda or interpreted()) and block <= KERNEL_BLOCK:
+    if block <= KERNEL_BLOCK and takes_triton(x):
         from .transform_device import launch
 
         return launch(x, vector, block, first)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..kernels.dispatch import prepare
+from ..kernels.dispatch import check_act, prepare
+from ..kernels.paths import forced
 from ..kernels.qtensor import concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
 from .embedding import can_quantize, quantize_embedding, share_tied
@@ -54,11 +55,13 @@ def load_model(
 
     `dtype` is that of activations and unquantized weights; None takes float32 on the CPU (where logits then equal the
     producing library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference
-    path: every weight is dequantized in float32 and rounded once to `dtype`. `act="a8"` asks for 8-bit activations
-    where a weight has one scale a row.
+    path: every weight is dequantized in float32 and rounded once to `dtype`, and activations are never rounded, not
+    even where the checkpoint says so. `act="a8"` asks for 8-bit activations where a weight has one scale a row.
 
-    Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete.
+    Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete, and for `act`
+    beside `exact=True`.
     """
+    check_act(act, exact)
     ckpt = open_checkpoint(path)
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
@@ -67,17 +70,29 @@ def load_model(
     loader = _Loader(model, ckpt, device, wanted, exact, act)
     loader.fill()
     if not exact:
-        fuse_siblings(model, wanted, act)
-        prepare_linears(model, wanted, act)
+        _specialize(model, device, wanted, act)
     if model.config.get_text_config().tie_word_embeddings:
         share_tied(model)
-    if not exact:
-        if device.type == "cpu" and wanted is torch.bfloat16:
-            prepack_linears(model)
-        if device.type != "cpu" or wanted is torch.bfloat16:
-            fuse(model, device)
     model.eval()
     return model
+
+
+def _specialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, act: str) -> None:
+    """Put the products and small steps of this machine in, as far as BITSMITH_KERNELS allows.
+
+    Under `reference` nothing is stacked, prepacked or fused either: what runs is transformers' code, weight by weight.
+    """
+    path = forced()
+    if path != "reference":
+        fuse_siblings(model, dtype, act)
+    prepare_linears(model, dtype, act)
+    if path == "reference":
+        return
+    native = device.type == "cpu" and dtype is torch.bfloat16
+    if native and path != "triton":
+        prepack_linears(model)
+    if native or device.type != "cpu" or path == "triton":
+        fuse(model, device)
 
 
 def read_ahead(files: Iterable[Path]) -> None:
@@ -233,7 +248,7 @@ class _Loader:
         shape = (old.out_features, old.in_features)
         q = self.ckpt.qtensor(source, shape).to(self.device)  # type: ignore[arg-type]
         # Siblings are stacked before anything is packed: see prepare_linears.
-        matmul = prepare(q, self.dtype, exact=True, act=self.act if self.exact else "")
+        matmul = prepare(q, self.dtype, exact=True)
         # The bias is its own checkpoint tensor: it is assigned (perhaps later) to the parameter made here.
         new = QuantLinear(matmul, shape, old.bias, self.dtype)  # type: ignore[arg-type]
         self.model.set_submodule(path, new)

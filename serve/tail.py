@@ -2,7 +2,7 @@
 
 A row whose parameters are neutral but for temperature, min_p, top_k and top_p goes to the operator, with any seed, stop
 rule or limit; every other one, and one whose log-probabilities are wanted, goes through the samplers' pipeline. Both
-draw the same token. `BITSMITH_KERNELS` (kernels/dispatch.py) set to anything but `triton` sends all rows there.
+draw the same token. `BITSMITH_KERNELS` (kernels/paths.py) set to anything but `triton` sends all rows there.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import forced
+from ..kernels.paths import forced
 from ..kernels.sample import runs_on, sample_tail
 from ..samplers.draw import keys
 from ..samplers.params import SamplingParams

@@ -298,14 +298,14 @@ def test_w8a8_is_the_rounded_product() -> None:
     q = random_qtensor("affine8.channel.sym.a8", (48, 160))
     product = prepare(q, torch.bfloat16)
     assert product.name == W8A8
-    exact = prepare(q, torch.bfloat16, exact=True)
-    assert exact.name == "a8+reference"
+    twin = prepare(q, torch.float32)
+    assert twin.name == "a8+reference"
     for m in ROWS:
         x = torch.randn(m, 160).to(torch.bfloat16)
         y = product(x)
         # The integers are exact: only y's own rounding is left (otherwise a bfloat16 product's). Rounding activations
         # to 255 steps costs 1e-2.
-        assert probe.relative_error(y, exact(x.float())) < (2.5e-3 if W8A8 == "int8" else BOUND)
+        assert probe.relative_error(y, twin(x.float())) < (2.5e-3 if W8A8 == "int8" else BOUND)
         assert 3e-3 < probe.relative_error(y, x.float() @ q.dequantize().T) < 1.5e-2
     assert not product(torch.zeros(2, 160, dtype=torch.bfloat16)).any()
     assert identical(product.qtensor(), q)
@@ -322,6 +322,23 @@ def test_int8_activations_only_where_asked() -> None:
     assert probe.relative_error(product(x), x.float() @ grouped.dequantize().T) < 1.5e-2
     with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
         prepare(q, torch.bfloat16, act="a4")
+
+
+def test_exact_never_rounds_activations() -> None:
+    """Not where the caller asks for it, and not where the spec does; a float32 product without `exact` follows it."""
+    q = random_qtensor("affine8.channel.sym.a8", (48, 256))
+    x = torch.randn(9, 256).to(torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        exact = prepare(q, dtype, exact=True)
+        assert exact.name == "reference" and identical(exact.qtensor(), q)
+        assert torch.equal(exact(x), torch.nn.functional.linear(x, q.dequantize(torch.bfloat16)))
+    follows = prepare(q, torch.float32)
+    assert follows.name == "a8+reference" and not torch.equal(follows(x), exact(x))
+    for found in (q, random_qtensor("affine8.channel.sym", (48, 256))):
+        with pytest.raises(
+            UserError, match=r"exact=True never rounds activations and act='a8' asks for .*; leave one of the two out"
+        ):
+            prepare(found, torch.bfloat16, exact=True, act="a8")
 
 
 def test_forced_paths(monkeypatch: pytest.MonkeyPatch) -> None:

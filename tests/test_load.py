@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from bitsmith.calibrate.driver import quantize
+from bitsmith.calibrate.method import Settings
+from bitsmith.calibrate.rtn import quantize as rtn
 from bitsmith.errors import UserError
 from bitsmith.kernels import probe
+from bitsmith.kernels.dispatch import prepare
+from bitsmith.kernels.spec import Spec
 from bitsmith.models.inspect import inspect_checkpoint
-from bitsmith.models.linear import DenseLinear, QuantLinear, _Member, fuse_siblings
+from bitsmith.models.linear import DenseLinear, QuantLinear, _Member, fuse_siblings, prepare_linears
 from bitsmith.models.load import load_model, load_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -164,6 +168,27 @@ def test_int8_activations_where_asked(tiny: Callable[..., Path], tmp_path: Path)
         assert relative(model(IDS).logits.float(), load_model(tmp_path / "q", exact=True)(IDS).logits) < 0.1
     with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
         load_model(tmp_path / "q", dtype="bfloat16", act="a4")
+
+
+def test_exact_and_rounded_activations_are_a_contradiction(tiny: Callable[..., Path]) -> None:
+    """Said before anything is read, for unquantized models too."""
+    with pytest.raises(UserError, match="exact=True never rounds activations and act='a8' asks for 8 bits of them"):
+        load_model(tiny("Llama"), exact=True, act="a8")
+    with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
+        load_model(tiny("Llama"), act="a4")
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "a8+reference"), (torch.bfloat16, "int8")])
+def test_activations_a_spec_rounds_are_rounded_at_load(dtype: torch.dtype, name: str) -> None:
+    """No dialect writes one yet. What waits for its product is exact, and becomes what the spec says."""
+    weight = torch.randn(16, 64)
+    spec = Spec.parse("affine8.channel.sym.a8")
+    q = rtn(weight, spec, None, Settings())
+    model = nn.Sequential(QuantLinear(prepare(q, dtype, exact=True), (16, 64), None, dtype))
+    assert model[0].matmul.name == "reference"
+    prepare_linears(model, dtype)
+    found = model[0].matmul.name
+    assert found == name if probe.int8_linear() or dtype is torch.float32 else found.startswith("a8+")
 
 
 def test_bfloat16_path_stays_near_the_exact_one(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_repeats_with_new_contents(function: Callable[[Tensor], Tensor]) -> None
 def test_a_residual_is_added_by_the_library() -> None:
     a, b = torch.randn(2, 3, 70_001).bfloat16()
     recording = record(lambda: a + b)
-    assert [call.func for call in recording.calls] == [native_layer._functions().bitsmith_add]
+    assert [call.func.__name__ for call in recording.calls] == ["bitsmith_add"]
     a.copy_(torch.randn(3, 70_001))
     assert torch.equal(recording(), a + b)
 
