@@ -19,7 +19,8 @@ constexpr int64_t AHEAD = 1024;
 
 template <int BITS>
 BITSMITH_512_INLINE void unpack(const uint8_t* p, __m512i (&v)[8]) {
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + 64 * j), _MM_HINT_T0);
+  // Bytes take no unpacking, and asking for them only gets in the way (Zen 4, 1 row, 2 threads: 28 GB/s with, 40 without).
+  for (int j = 0; j < (BITS == 8 ? 0 : BITS); ++j) _mm_prefetch(reinterpret_cast<const char*>(p + AHEAD + 64 * j), _MM_HINT_T0);
   if constexpr (BITS == 8) {
     for (int j = 0; j < 8; ++j) v[j] = _mm512_loadu_si512(p + 64 * j);
   }
