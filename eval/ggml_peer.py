@@ -65,7 +65,7 @@ _TYPES = {block.spec: name for name, block in gguf_blocks.BLOCKS.items()}
 
 
 @cache
-def _ggml() -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """libggml-cpu, through which libggml-base is found too. ImportError where this Python has none."""
     package = find_spec("llama_cpp")
     if package is None or package.origin is None:
@@ -86,7 +86,7 @@ def _ggml() -> ctypes.CDLL:
 @cache
 def _repacking() -> tuple[int, ...]:
     """Buffer types that rearrange the weights put into them."""
-    ggml = _ggml()
+    ggml = load()
     kinds = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)
     getter = ggml.ggml_backend_reg_get_proc_address(ggml.ggml_backend_cpu_reg(), b"ggml_backend_dev_get_extra_bufts")
     # A list that ends with a null pointer.
@@ -95,7 +95,7 @@ def _repacking() -> tuple[int, ...]:
 
 
 def _device() -> int:
-    ggml = _ggml()
+    ggml = load()
     return int(ggml.ggml_backend_reg_dev_get(ggml.ggml_backend_cpu_reg(), 0))
 
 
@@ -103,7 +103,7 @@ class _Tensors:
     """A ggml context with room for a few tensors and a graph, and their memory: freed with this object."""
 
     def __init__(self) -> None:
-        self.ggml = _ggml()
+        self.ggml = load()
         room = 4 * self.ggml.ggml_tensor_overhead() + self.ggml.ggml_graph_overhead()
         self.context = self.ggml.ggml_init(_InitParams(room, None, True))
         weakref.finalize(self, self.ggml.ggml_free, self.context)
@@ -135,7 +135,7 @@ class GgmlWeight(_Tensors):
         self.ggml.ggml_backend_cpu_set_n_threads(self.backend, torch.get_num_threads())
 
     def bind(self, x: Tensor) -> "_Graph":
-        """x [M, K] of any float dtype, copied."""
+        """x [M, K] of any float dtype, copied. What it gives owns the memory of the product."""
         return _Graph(self.tensor, self.shape[0], x)
 
     def __call__(self, graph: "_Graph") -> Tensor:
@@ -168,7 +168,7 @@ def weights(q: QTensor) -> dict[str, GgmlWeight]:
     """q as llama.cpp holds it: "repacked" where it rearranges such weights here, and "blocks"; {} where it has no type
     of this spec, or q is not on the CPU. ImportError where there is no ggml, RuntimeError where it runs out of memory.
     """
-    kind = _TYPES.get(q.spec)
+    kind = _TYPES.get(q.spec, "")
     # gguf numbers the types: the newest are not in every version of it.
     if kind not in GGMLQuantizationType.__members__ or q.shape[1] % gguf_blocks.BLOCKS[kind].width:
         return {}
@@ -177,7 +177,7 @@ def weights(q: QTensor) -> dict[str, GgmlWeight]:
     raw, found = gguf_blocks.pack(kind, q), {}
     if repacking := [each for each in _repacking() if _takes(each, kind, q.shape)]:
         found["repacked"] = GgmlWeight(raw, kind, q.shape, repacking[0])
-    found["blocks"] = GgmlWeight(raw, kind, q.shape, _ggml().ggml_backend_cpu_buffer_type())
+    found["blocks"] = GgmlWeight(raw, kind, q.shape, load().ggml_backend_cpu_buffer_type())
     return found
 
 

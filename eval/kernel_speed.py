@@ -11,8 +11,8 @@ A peer is listed where it can take a weight of the same kind (kernel_peers.py): 
 devices), gemlite and torchao for 4-bit groups, bitsandbytes for NF4, llama.cpp for GGUF's types on the CPU. One that is
 not installed is absent; one that fails says so and is left out.
 
-Slow cases are cut short: a product whose first call takes over a fifth of a second is called no more, and F.linear or a
-peer of which 64 rows or more say that it would take over a second is left out, and said.
+Slow cases are cut short: a product whose first call takes over a fifth of a second is called for one second in all or
+once, and F.linear or a peer of which 64 rows or more say that it would take over a second is left out, and said.
 """
 
 import statistics
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ OURS, DENSE = "bitsmith", "linear"
 _SAMPLES = 7
 # Larger than the caches of any machine met so far.
 _FLUSH = 256 << 20
-# Seconds of a call: of what is not repeated, and of what is not called at all if it is not ours.
+# Seconds of a call: of what needs no warm-up, and of what is called once, or not at all if it is not ours.
 _SLOW, _TOO_SLOW = 0.2, 1.0
 # Rows from which on a product takes as many times longer as it has more of them.
 _BUSY = 64
@@ -102,14 +103,18 @@ class Clock:
 
     def __init__(self, device: torch.device, flush: int = _FLUSH) -> None:
         self.device = device
-        self._buffer = torch.zeros(flush, dtype=torch.uint8, device=device)
+        buffer = torch.zeros(flush, dtype=torch.uint8, device=device)
+        self._buffer: Any = buffer if device.type == "cuda" else buffer.numpy()
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        self._buffer.add_(1)
         if self.device.type != "cuda":
+            # By one thread: OpenMP's others would watch for work for milliseconds, on cores that the call needs
+            # (ours took 3.0 ms instead of 2.0 on two of them).
+            numpy.add(self._buffer, 1, out=self._buffer)
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
+        self._buffer.add_(1)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         run()
@@ -161,11 +166,12 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
         return drawn & 0x3F3F3F3F if spec.family == "minifloat" else drawn
 
     if kind.code_tile is not None:
-        rows, inputs = kind.code_tile
-        parts = {"codes": words(shape[0] // rows, shape[1] // inputs, rows * inputs // 32 * spec.bits)}
-        for name, step, size in (("in_scale", "inscale", shape[1]), ("out_scale", "outscale", shape[0])):
+        tile_rows, tile_inputs = kind.code_tile
+        counts = (shape[0] // tile_rows, shape[1] // tile_inputs, tile_rows * tile_inputs // 32 * spec.bits)
+        parts = {"codes": words(*counts)}
+        for name, step, count in (("in_scale", "inscale", shape[1]), ("out_scale", "outscale", shape[0])):
             if step in spec.pre + spec.post:
-                parts[name] = torch.rand(size, device=device) + 0.5
+                parts[name] = torch.rand(count, device=device) + 0.5
         return QTensor(spec, shape, parts)
     parts = {"codes": words(matrix[0], -(-(matrix[1] // spec.vec) * spec.width // 32))}
     grid = scale_shape(spec, matrix)
@@ -244,10 +250,11 @@ def measure(
 def _interleaved(
     case: Case, products: Mapping[str, Product], clock: Clock, samples: int, told: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Timings by contender; the first call warms up, or is the only one if it is slow."""
+    """Timings by contender; the first call warms up, or counts if it is slow."""
     x = torch.randn(case.rows, case.shape[1], device=clock.device).to(half_dtype(clock.device))
     runs: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
     for name, product in products.items():
         try:
             run = clock.ready(partial(product.run, product.bind(x)))
@@ -257,11 +264,13 @@ def _interleaved(
                 raise
             told(f"{name} is left out of {case.name}: {error}")
             continue
-        runs[name], seconds[name] = run, [first] if first > _SLOW else []
-    repeated = {name: run for name, run in runs.items() if not seconds[name]}
+        slow, runs[name] = first > _SLOW, run
+        seconds[name] = [first] if slow else []
+        calls[name] = max(1, min(samples, int(_TOO_SLOW / first))) if slow else samples
     for _ in range(samples):
-        for name, run in repeated.items():
-            seconds[name].append(clock.seconds(run))
+        for name, run in runs.items():
+            if len(seconds[name]) < calls[name]:
+                seconds[name].append(clock.seconds(run))
     return {name: Timing(seconds[name], products[name].nbytes, products[name].path) for name in runs}
 
 
