@@ -2,6 +2,7 @@
 launches instead and writes the table of this GPU (kernels/plans.py)."""
 
 import argparse
+import itertools
 import re
 import time
 from pathlib import Path
@@ -17,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", metavar="NxK,...", help="outputs x inputs, or `small` (default: 4096x4096 to 8192x8192)"
     )
     group.add_argument("--rows", metavar="M,...", help="rows of x (default: 1 to 2048)")
-    group.add_argument("--specs", metavar="SPEC,...", help="weight specs (default: one or two of each family)")
+    group.add_argument(
+        "--specs", metavar="SPEC,...", help="weight specs, or GGUF types as Q4_K (default: each family's)"
+    )
     group.add_argument("--device", metavar="DEVICE", help="default: cuda where there is one, else cpu")
     group.add_argument("--tune", action="store_true", help="measure launches on this GPU and write its table")
 
@@ -45,13 +48,18 @@ def run(args: argparse.Namespace) -> None:
         print(f"{what}: copy {most.copy / 1e9:.1f} GB/s, matmul {most.matmul / 1e12:.2f} TFLOP/s")
     found: list[dict[str, Any]] = []
     start = time.perf_counter()
-    for case, timings in speed.measure(cases, clock, peers, args.samples, note):
-        lines = speed.rows(case, timings, most)
-        found += lines
-        if not args.json:
-            _print(lines)
+    measured = speed.measure(cases, clock, peers, args.samples, note)
+    # A row a weight, when it is done: a run that is cut off keeps what it has.
+    for _, group in itertools.groupby(measured, key=lambda pair: (pair[0].spec, pair[0].shape)):
+        table: speed.Table = {}
+        for case, timings in group:
+            table[case] = timings
+            lines = speed.rows(case, timings, most)
+            found += lines
+            if not args.json:
+                _print(lines)
         if not args.no_record:
-            _record(args, case, timings, what, time.perf_counter() - start)
+            _record(args, table, most, what, time.perf_counter() - start)
     if args.json:
         print_json({"device": what, "copy_gb_s": most.copy / 1e9, "matmul_tflop_s": most.matmul / 1e12, "rows": found})
 
@@ -83,8 +91,11 @@ def _rows(text: str | None) -> list[int]:
 def _specs(text: str | None) -> list[str]:
     from ..eval.kernel_speed import SPECS
     from ..kernels.spec import Spec
+    from ..quant_formats.gguf_blocks import BLOCKS
 
-    return [str(Spec.parse(word)) for word in text.split(",")] if text else list(SPECS)
+    if text is None:
+        return list(SPECS)
+    return [str(BLOCKS[word].spec if word in BLOCKS else Spec.parse(word)) for word in text.split(",")]
 
 
 def _peers(text: str | None) -> list[str]:
@@ -127,28 +138,28 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{row['name']:<44} {row['value']:9.1f} us  {row['gb_s']:7.1f} GB/s ({row['of_copy']:4.0%})  "
             f"{row['tflop_s']:7.2f} TFLOP/s ({row['of_matmul']:4.0%})  {row['path']:<12}"
         )
-        versus = f"{row['ratio']:6.2f} x {row['against']} ({row['against_value']:.1f})"
-        print((head if not i else " " * len(head)) + versus)
+        versus = f"{row['ratio']:6.2f} x {row['against']} ({row['against_value']:.1f})" if row["against"] else ""
+        print((head if not i else " " * len(head)) + versus, flush=True)
 
 
-def _record(args: argparse.Namespace, case: Any, timings: Any, where: str, seconds: float) -> None:
-    """A row of results per contender: microseconds; its path is part of the task of ours."""
+def _record(args: argparse.Namespace, table: Any, most: Any, where: str, seconds: float) -> None:
+    """One row of results: microseconds of the first case, everything else of this weight in its detail."""
+    from ..eval.kernel_speed import OURS, detail
     from ..eval.results import FILE_NAME, Result, append, default_dir, here
 
-    n, k = case.shape
-    found = [
-        Result(
-            **here(),
-            model=f"{n}x{k}",
-            spec=case.spec,
-            kv="",
-            task=f"kernels/{name}/{where}",
-            metric=f"m{case.rows} us",
-            value=timing.value,
-            stderr=timing.stderr if len(timing.seconds) > 1 else None,
-            n=len(timing.seconds),
-            seconds=seconds,
-        )
-        for name, timing in timings.items()
-    ]
-    append((Path(args.results) if args.results else default_dir()) / FILE_NAME, found)
+    first = next(iter(table))
+    timing = table[first][OURS]
+    result = Result(
+        **here(),
+        model=f"{first.shape[0]}x{first.shape[1]}",
+        spec=first.spec,
+        kv="",
+        task=f"kernels/{where}",
+        metric=f"m{first.rows} us",
+        value=timing.value,
+        stderr=timing.stderr if len(timing.seconds) > 1 else None,
+        n=len(timing.seconds),
+        seconds=seconds,
+        detail=detail(table, most),
+    )
+    append((Path(args.results) if args.results else default_dir()) / FILE_NAME, [result])

@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--against",
         metavar="PEER,...",
-        help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao; "
+        help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao, llama.cpp; "
         "samplers: transformers, llama.cpp; or none "
         "(default: those that are installed)",
     )

@@ -7,17 +7,22 @@ interleaved, one call each a round, so that drift of the machine hits all alike;
 call a buffer larger than any cache is written, since in a model every weight comes from memory. On a GPU a call is
 captured in a CUDA graph where that works, so it is the kernels that are timed and not Python.
 
-A peer is listed where it can take a weight of the same kind: torch's int4 operator (tinygemm; both devices), gemlite
-and torchao for 4-bit groups, bitsandbytes for NF4. One that is not installed is absent; one that fails says so and is
-left out. llama.cpp is compared in `bench decode`: its products cannot be called alone.
+A peer is listed where it can take a weight of the same kind (kernel_peers.py): torch's int4 operator (tinygemm; both
+devices), gemlite and torchao for 4-bit groups, bitsandbytes for NF4, llama.cpp for GGUF's types on the CPU. One that is
+not installed is absent; one that fails says so and is left out.
+
+Slow cases are cut short: a product whose first call takes over a fifth of a second is called for one second in all or
+once, and F.linear or a peer of which 64 rows or more say that it would take over a second is left out, and said.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -27,21 +32,27 @@ from ..kernels.dispatch import prepare
 from ..kernels.families import family, one_level_parts, scale_dtype, scale_shape
 from ..kernels.qtensor import QTensor, matrix_shape
 from ..kernels.spec import Spec
+from ..quant_formats import gguf_blocks
 from .kernel_peers import PEERS, Product
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192))
 SMALL = ((256, 512),)
 ROWS = (1, 2, 4, 8, 16, 64, 256, 2048)
+# As GPTQ, AWQ and HQQ files hold them, W8A8, FP8, NF4, AQLM 2x8, EXL3, then what GGUF calls by these names.
 SPECS = (
-    "affine2.g64.asym", "affine3.g128.asym", "affine4.g128.asym", "affine8.channel.sym", "affine8.channel.sym.a8",
-    "minifloat8.e4m3.channel.f32", "minifloat8.e4m3.g128x128.f32", "codebook4.nf4.g64.f32",
-    "codebook16.v8.channel", "trellis4.mcg", "affine4.g32.min.u6:f16:8", "affine6.g16.sym.s8:f16:16",
-    "codebook26.iq3s.v8.g32.u4:f16:8", "minifloat4.e2m1.g16.ue4m3",
+    "affine2.g64.asym", "affine3.g128.asym", "affine4.g128.asym", "affine8.g128.asym", "affine8.channel.sym.a8",
+    "minifloat8.e4m3.g128x128.f32", "codebook4.nf4.g64.f32", "codebook8.v8.x2.channel",
+    "trellis3.mcg.inscale.had128.outhad128.outscale",
+    *(str(gguf_blocks.spec(name)) for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XS", "NVFP4")),
 )  # fmt: skip
 OURS, DENSE = "bitsmith", "linear"
 _SAMPLES = 7
 # Larger than the caches of any machine met so far.
 _FLUSH = 256 << 20
+# Seconds of a call: of what needs no warm-up, and of what is called once, or not at all if it is not ours.
+_SLOW, _TOO_SLOW = 0.2, 1.0
+# Rows from which on a product takes as many times longer as it has more of them.
+_BUSY = 64
 
 
 @dataclass(frozen=True)
@@ -92,14 +103,18 @@ class Clock:
 
     def __init__(self, device: torch.device, flush: int = _FLUSH) -> None:
         self.device = device
-        self._buffer = torch.zeros(flush, dtype=torch.uint8, device=device)
+        buffer = torch.zeros(flush, dtype=torch.uint8, device=device)
+        self._buffer: Any = buffer if device.type == "cuda" else buffer.numpy()
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        self._buffer.add_(1)
         if self.device.type != "cuda":
+            # By one thread: OpenMP's others would watch for work for milliseconds, on cores that the call needs
+            # (ours took 3.0 ms instead of 2.0 on two of them).
+            numpy.add(self._buffer, 1, out=self._buffer)
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
+        self._buffer.add_(1)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         run()
@@ -108,11 +123,11 @@ class Clock:
         return float(events[0].elapsed_time(events[1])) / 1000
 
     def ready(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """`run` after its warm-up, as a CUDA graph where it can be captured."""
-        for _ in range(2):
-            run()
+        """`run`, on a GPU after its warm-up and as a CUDA graph where it can be captured."""
         if self.device.type != "cuda":
             return run
+        for _ in range(2):
+            run()
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
@@ -151,10 +166,13 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
         return drawn & 0x3F3F3F3F if spec.family == "minifloat" else drawn
 
     if kind.code_tile is not None:
-        rows, inputs = kind.code_tile
-        return QTensor(
-            spec, shape, {"codes": words(shape[0] // rows, shape[1] // inputs, rows * inputs // 32 * spec.bits)}
-        )
+        tile_rows, tile_inputs = kind.code_tile
+        counts = (shape[0] // tile_rows, shape[1] // tile_inputs, tile_rows * tile_inputs // 32 * spec.bits)
+        parts = {"codes": words(*counts)}
+        for name, step, count in (("in_scale", "inscale", shape[1]), ("out_scale", "outscale", shape[0])):
+            if step in spec.pre + spec.post:
+                parts[name] = torch.rand(count, device=device) + 0.5
+        return QTensor(spec, shape, parts)
     parts = {"codes": words(matrix[0], -(-(matrix[1] // spec.vec) * spec.width // 32))}
     grid = scale_shape(spec, matrix)
     for name in ("scales", "mins") if spec.zero == "min" else ("scales",):
@@ -181,16 +199,17 @@ def contenders(
 ) -> dict[str, Product]:
     """Ours, F.linear, and the peers of `wanted` that are installed and take such a weight."""
     dtype = half_dtype(device)
-    ours = prepare(random_weight(spec, shape, device), dtype)
-    dense = torch.randn(shape, device=device).to(dtype)
+    q = random_weight(spec, shape, device)
+    ours = prepare(q, dtype)
+    # What its values are matters to no clock.
+    dense = torch.randn(1, shape[1], device=device).to(dtype).repeat(shape[0], 1)
     found = {
         OURS: Product(ours, ours.nbytes, ours.name),
         DENSE: Product(lambda x: torch.nn.functional.linear(x, dense), dense.nbytes, str(dtype).removeprefix("torch.")),
     }
     for name in wanted:
         try:
-            if (product := PEERS[name](spec, shape, device, dtype)) is not None:
-                found[name] = product
+            found |= PEERS[name](q, dtype)
         except ImportError:
             continue
         except RuntimeError as error:
@@ -207,55 +226,95 @@ def measure(
 ) -> Iterator[tuple[Case, dict[str, Timing]]]:
     """Every case on every contender, as each is done. Weights are made once for neighbouring cases that share them."""
     held: tuple[tuple[str, tuple[int, int]], dict[str, Product]] | None = None
+    # Seconds a row, by contender.
+    pace: dict[str, float] = {}
     for case in cases:
         if held is None or held[0] != (case.spec, case.shape):
             # The old ones go before the new ones come.
-            held = None
+            held, pace = None, {}
             products = contenders(Spec.parse(case.spec), case.shape, clock.device, wanted, told)
             held = ((case.spec, case.shape), products)
-        yield case, _interleaved(case, held[1], clock, samples, told)
+        quick = {}
+        for name, product in held[1].items():
+            seconds = pace.get(name, 0.0) * case.rows
+            if name == OURS or seconds <= _TOO_SLOW:
+                quick[name] = product
+            else:
+                told(f"{name} is left out of {case.name}: it would take {seconds:.1f} s")
+        timings = _interleaved(case, quick, clock, samples, told)
+        if case.rows >= _BUSY:
+            pace |= {name: timing.value / 1e6 / case.rows for name, timing in timings.items()}
+        yield case, timings
 
 
 def _interleaved(
     case: Case, products: Mapping[str, Product], clock: Clock, samples: int, told: Callable[[str], None]
 ) -> dict[str, Timing]:
+    """Timings by contender; the first call warms up, or counts if it is slow."""
     x = torch.randn(case.rows, case.shape[1], device=clock.device).to(half_dtype(clock.device))
     runs: dict[str, Callable[[], Any]] = {}
+    seconds: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
     for name, product in products.items():
-
-        def call(product: Product = product) -> Any:
-            return product.run(x)
-
         try:
-            runs[name] = clock.ready(call)
+            run = clock.ready(partial(product.run, product.bind(x)))
+            first = clock.seconds(run)
         except RuntimeError as error:
             if name == OURS:
                 raise
             told(f"{name} is left out of {case.name}: {error}")
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+            continue
+        slow, runs[name] = first > _SLOW, run
+        seconds[name] = [first] if slow else []
+        calls[name] = max(1, min(samples, int(_TOO_SLOW / first))) if slow else samples
     for _ in range(samples):
         for name, run in runs.items():
-            seconds[name].append(clock.seconds(run))
+            if len(seconds[name]) < calls[name]:
+                seconds[name].append(clock.seconds(run))
     return {name: Timing(seconds[name], products[name].nbytes, products[name].path) for name in runs}
 
 
 def rows(case: Case, timings: Mapping[str, Timing], most: Ceiling) -> list[dict[str, Any]]:
-    """One row per contender other than ours: `ratio` is its time over ours, so above 1 ours is faster.
+    """One row per contender other than ours, or one without: `ratio` is its time over ours, so above 1 ours is faster.
 
     Keys: name, value (microseconds of ours), unit, path, gb_s, tflop_s, of_copy, of_matmul (shares of the machine's),
     ratio, against, against_value.
     """
     ours = timings[OURS]
-    (n, k), m = case.shape, case.rows
-    each = ours.value / 1e6
-    rate = (ours.nbytes + 2 * m * (n + k)) / each
-    work = 2 * m * n * k / each
-    row = {
-        "name": case.name, "value": ours.value, "unit": "us", "path": ours.path,
-        "gb_s": rate / 1e9, "tflop_s": work / 1e12, "of_copy": rate / most.copy, "of_matmul": work / most.matmul,
-    }  # fmt: skip
+    row = {"name": case.name, "value": ours.value, "unit": "us", "path": ours.path, **_rates(case, ours, most)}
     return [
         row | {"ratio": timing.value / ours.value, "against": name, "against_value": timing.value}
         for name, timing in timings.items()
         if name != OURS
-    ]
+    ] or [row | {"ratio": None, "against": None, "against_value": None}]
+
+
+def _rates(case: Case, timing: Timing, most: Ceiling) -> dict[str, float]:
+    (n, k), m = case.shape, case.rows
+    each = timing.value / 1e6
+    rate = (timing.nbytes + 2 * m * (n + k)) / each
+    work = 2 * m * n * k / each
+    return {"gb_s": rate / 1e9, "tflop_s": work / 1e12, "of_copy": rate / most.copy, "of_matmul": work / most.matmul}
+
+
+def detail(table: Table, most: Ceiling) -> dict[str, Any]:
+    """All that was measured of one weight and shape, as its row of results keeps it, in four digits:
+
+    copy_gb_s, matmul_tflop_s of the machine, and under `rows`, by rows of x: us, gb_s, tflop_s, of_copy, of_matmul,
+    path and n (calls) of ours, and `against`: microseconds of the others.
+    """
+    found: dict[str, Any] = {}
+    for case, timings in table.items():
+        ours = timings[OURS]
+        numbers = {"us": ours.value, **_rates(case, ours, most)}
+        found[str(case.rows)] = {
+            **{name: _short(number) for name, number in numbers.items()},
+            "path": ours.path,
+            "n": len(ours.seconds),
+            "against": {name: _short(timing.value) for name, timing in timings.items() if name != OURS},
+        }
+    return {"copy_gb_s": _short(most.copy / 1e9), "matmul_tflop_s": _short(most.matmul / 1e12), "rows": found}
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..kernels.spec import Spec
+from .kernel_table import kernels_table
 from .results import Result, latest, read
 
 # Order of rows and of the plot's legend; methods not listed follow by name.
@@ -160,24 +161,6 @@ def bench_table(rows: Iterable[Result]) -> Table:
     return [["model", "engine", "weights", "on", *(f"{case}, tok/s" for case in cases)], *cells]
 
 
-def kernels_table(rows: Iterable[Result]) -> Table:
-    """One line per weight and shape: microseconds of ours by rows of x, and F.linear's time over it."""
-    newest = latest(rows)
-    metrics = list(dict.fromkeys(row.metric for row in newest))
-    taken = {(row.spec, row.model, _device(row), row.metric, _contender(row)): row.value for row in newest}
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    for (spec, shape, where, metric, name), value in taken.items():
-        if name == "bitsmith":
-            dense = taken.get((spec, shape, where, metric, "linear"))
-            versus = f" ({dense / value:.2g}x)" if dense else ""
-            lines.setdefault((spec, shape, where), {})[metric] = f"{value:.0f}{versus}"
-    cells = [
-        [f"`{spec}`", shape, where, *(found.get(m, "–") for m in metrics)]
-        for (spec, shape, where), found in lines.items()
-    ]
-    return [["weight", "outputs x inputs", "on", *metrics], *cells]
-
-
 def samplers_table(rows: Iterable[Result]) -> Table:
     """One line per sampler and batch: microseconds a row of ours, and the peers' time over it."""
     lines: dict[tuple[str, str, str], dict[str, float]] = {}
@@ -191,11 +174,6 @@ def samplers_table(rows: Iterable[Result]) -> Table:
         others = [f"{found[peer]:.0f} ({found[peer] / ours:.1f}x)" if peer in found else "–" for peer in peers]
         cells.append([metric, size, where, f"{ours:.0f}", *others])
     return [["sampler", "rows x vocabulary", "on", "us a row", *peers], *cells]
-
-
-def _device(row: Result) -> str:
-    """Processor, device type and threads a product was timed on."""
-    return ", ".join([row.processor, *row.task.split("/")[2:]])
 
 
 def _contender(row: Result) -> str:

@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +60,8 @@ class Result:
     seconds: float
     # How the codes were chosen: rtn, gptq, awq, hqq ...; "" where nothing was quantized or nobody knows.
     method: str = ""
+    # More that was measured of the same thing at once; what its task says ("kernels": kernel_speed.detail).
+    detail: dict[str, Any] = field(default_factory=dict)
 
     @property
     def processor(self) -> str:
@@ -106,7 +108,10 @@ def append(path: str | Path, results: Sequence[Result]) -> None:
 
 def _line(result: Result) -> str:
     try:
-        return json.dumps(asdict(result), ensure_ascii=False, allow_nan=False) + "\n"
+        row = asdict(result)
+        if not row["detail"]:
+            del row["detail"]
+        return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError:
         raise UserError(
             f"result {result.task} {result.metric} of {result.model} ({result.spec}) is {result.value} "
@@ -133,8 +138,8 @@ def read(path: str | Path) -> list[Result]:
 
 
 def _rows(file: Path) -> Iterable[Result]:
-    names = {field.name for field in fields(Result)}
-    required = names - {"method"}
+    names = {each.name for each in fields(Result)}
+    required = names - {"method", "detail"}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,14 @@ def test_rows_come_back_as_they_went(tmp_path: Path) -> None:
     append(path, [ROW])
     append(path, [replace(ROW, metric="ppl", stderr=None)])
     assert read(path) == read(path.parent) == [ROW, replace(ROW, metric="ppl", stderr=None)]
+
+
+def test_detail_comes_back_and_is_written_only_where_there_is_some(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    detailed = replace(ROW, detail={"rows": {"1": {"us": 2.0}}})
+    append(path, [ROW, detailed])
+    assert read(path) == [ROW, detailed]
+    assert ["detail" in json.loads(line) for line in path.read_text().splitlines()] == [False, True]
 
 
 def test_two_processes_append_whole_rows(tmp_path: Path) -> None:
@@ -211,14 +220,38 @@ def test_speed_of_another_processor_is_another_figure() -> None:
     ]  # fmt: skip
 
 
-def test_kernels_table_compares_with_the_unquantized_product() -> None:
+def _kernels(when: str, rows: dict[str, dict[str, float]], **more: Any) -> Result:
+    """A row of `bench kernels`: by rows of x, microseconds of ours and of the others."""
+    detail = {
+        m: {
+            "us": times.pop("bitsmith"),
+            "gb_s": 20.0,
+            "tflop_s": 0.5,
+            "of_copy": 0.8,
+            "of_matmul": 0.9,
+            "against": times,
+        }
+        for m, times in rows.items()
+    }
+    fields: dict[str, Any] = {"model": "4096x14336", "spec": "affine4.g32.sym", "task": "kernels/cpu/2 threads"} | more
+    return replace(ROW, method="", metric="m1 us", when=when, detail={"rows": detail}, **fields)
+
+
+def test_kernels_table_compares_newest_figures_with_the_better_configuration() -> None:
+    cpu = {"cpu": "Intel(R) Xeon(R) Processor, AVX512", "cores": 2}
     rows = [
-        replace(ROW, model="4096x4096", method="", spec="affine4.g128.sym", metric=metric, task=f"kernels/{name}/cpu/2 threads", value=value)
-        for metric, times in (("m1 us", (200.0, 500.0)), ("m8 us", (300.0, 600.0)))
-        for name, value in zip(("bitsmith", "linear"), times, strict=True)
+        _kernels("2026-11-29", {"1": {"bitsmith": 200.0, "linear": 500.0, "llama.cpp": 250.0, "llama.cpp --no-repack": 220.0}}),
+        _kernels("2026-11-28", {"1": {"bitsmith": 100.0, "linear": 500.0}, "2048": {"bitsmith": 1e5, "linear": 8e4}}),
+        _kernels("2026-11-28", {"64": {"bitsmith": 100.0}}, spec="trellis3.mcg", machine=cpu),
+        _kernels("2026-11-28", {"1": {"bitsmith": 10.0, "linear": 40.0}}, spec="trellis3.mcg", task="kernels/NVIDIA H100"),
+        _kernels("2026-11-28", {"1": {"bitsmith": 100.0}}, model="4096x4096"),
+        # As rows were before they had a detail.
+        replace(ROW, model="4096x14336", method="", metric="m1 us", task="kernels/bitsmith/cpu/2 threads"),
     ]  # fmt: skip
     assert table_for("kernels", rows).splitlines()[2:] == [
-        "| `affine4.g128.sym` | 4096x4096 | x, cpu, 2 threads | 200 (2.5x) | 300 (2x) |"
+        "| `affine4.g32.sym` Q4_0 | x, 2 | 200 | 20.0 (80%) | 0.50 (90%) | 2.5 / – / – / 0.8 | 1.1 / – / – |",
+        "| `trellis3.mcg` | Intel Xeon, AVX512, 2 | – | – | – | – | – |",
+        "| `trellis3.mcg` | NVIDIA H100 | 10 | 20.0 (80%) | – | 4 / – / – / – | – |",
     ]
 
 
