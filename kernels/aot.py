@@ -165,8 +165,12 @@ def compile_case(case: Case, target: str) -> Row:
     return Row(target=target, **named, **found)
 
 
+# What may not rise.
+_COSTS = ("shared_bytes", "global_loads", "registers", "spills")
+
+
 def regressions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What got worse, a line each: a kernel that stopped compiling, shared_bytes or global_loads up by more than 10 %.
+    """What got worse, a line each: a kernel that stopped compiling, one of its costs up by more than 10 %.
 
     Rows are matched by kernel, rows, spec and target; one that is only on one side is no regression.
     """
@@ -180,8 +184,8 @@ def regressions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str
         if not row["ok"]:
             found.append(f"{name}: no longer compiles: {row['reason']}")
             continue
-        for field in ("shared_bytes", "global_loads"):
-            if row[field] > 1.1 * old[field]:
+        for field in _COSTS:
+            if None not in (row[field], old[field]) and row[field] > 1.1 * old[field]:
                 found.append(f"{name}: {field} rose from {old[field]} to {row[field]}")
     return found
 

@@ -88,6 +88,19 @@ def test_a_case_that_no_target_launches_is_named() -> None:
 
 
 @needs_compiler
+def test_each_case_on_one_target() -> None:
+    """The whole table takes a quarter of an hour: each kernel, number of rows and spec meets one of its targets here, in
+    turn."""
+    on: dict[tuple[str, int, str], list[str]] = {}
+    for target in aot.TARGETS:
+        for case in aot.cases(target):
+            on.setdefault((case.kernel, case.rows, case.spec), []).append(target)
+    chosen = [(*case, targets[i % len(targets)]) for i, (case, targets) in enumerate(on.items())]
+    assert {target for *_, target in chosen} == set(aot.TARGETS)
+    check([aot.asdict(aot.compile_row(*case)) for case in chosen])
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_full_table() -> None:
     check(list(aot.table()))
@@ -136,6 +149,8 @@ def _row(**changes: Any) -> dict[str, Any]:
         "ok": True,
         "shared_bytes": 1000,
         "global_loads": 10,
+        "registers": 100,
+        "spills": 0,
     }
     return {**row, "reason": "", **changes}
 
@@ -144,6 +159,11 @@ def test_regressions_are_named() -> None:
     assert aot.regressions([_row()], [_row(shared_bytes=1100, global_loads=11)]) == []
     assert aot.regressions([_row()], [_row(shared_bytes=1101)]) == ["gemv 1 s t: shared_bytes rose from 1000 to 1101"]
     assert aot.regressions([_row()], [_row(global_loads=12)]) == ["gemv 1 s t: global_loads rose from 10 to 12"]
+    assert aot.regressions([_row()], [_row(registers=111, spills=4)]) == [
+        "gemv 1 s t: registers rose from 100 to 111",
+        "gemv 1 s t: spills rose from 0 to 4",
+    ]
+    assert aot.regressions([_row(spills=None)], [_row(spills=8)]) == []
     assert aot.regressions([_row()], [_row(ok=False, reason="no")]) == ["gemv 1 s t: no longer compiles: no"]
     assert aot.regressions([_row(target="u")], [_row(global_loads=99)]) == []
 
