@@ -9,7 +9,9 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..kernels.dispatch import prepare
-from ..kernels.qtensor import concat
+from ..kernels.dispatch import Reference, prepare
+from ..kernels.qtensor import QTensor, concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
-from .embedding import can_quantize, quantize_embedding, share_tied
+from .embedding import can_quantize, quantize_embedding, read_table, share_tied
 from .fused import fuse
 from .gguf_config import Metadata
 from .gguf_file import read_gguf
@@ -28,7 +30,6 @@ from .gguf_tokenizer import build_tokenizer
 from .linear import (
     EXPERTS,
     QuantLinear,
-    fuse_siblings,
     is_experts,
     is_linear,
     prepack_linears,
@@ -38,6 +39,7 @@ from .linear import (
 from .names import Placement, placements
 
 _LOG = logging.getLogger(__name__)
+_AHEAD = 1 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,18 +61,19 @@ def load_model(
 
     Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete.
     """
+    path = resolve(path)
+    first = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    read_ahead(first)
     ckpt = open_checkpoint(path)
+    read_ahead(set(ckpt.files) - {*first})
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
-    read_ahead(ckpt.files)
     model = build(ckpt, wanted, attn_implementation)
     loader = _Loader(model, ckpt, device, wanted, exact, act)
     loader.fill()
-    if not exact:
-        fuse_siblings(model, wanted, act)
-        prepare_linears(model, wanted, act)
     if model.config.get_text_config().tie_word_embeddings:
         share_tied(model)
+    read_table(model)
     if not exact:
         if device.type == "cpu" and wanted is torch.bfloat16:
             prepack_linears(model)
@@ -85,12 +88,17 @@ def read_ahead(files: Iterable[Path]) -> None:
 
     A hint: nothing waits for it, and a file that is missing is the reader's to report.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in filter(Path.is_file, files):
+    if hasattr(os, "posix_fadvise"):
+        Thread(target=_advise, args=([*filter(Path.is_file, files)],), daemon=True).start()
+
+
+def _advise(files: Iterable[Path]) -> None:
+    for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            # A call reads no more than the device's read-ahead, some MB at most.
+            for start in range(0, os.fstat(descriptor).st_size, _AHEAD):
+                os.posix_fadvise(descriptor, start, _AHEAD, os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)
 
@@ -192,12 +200,19 @@ class _Loader:
         act: str,
     ) -> None:
         self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
+        # Whether weights may stay in the blocks of the file until they are packed.
+        self.in_place = device.type == "cpu" and dtype is torch.bfloat16 and not exact
 
     def fill(self) -> None:
+        # Packed in the order of the file while the disk reads it: the first norm of the last layer would wait for all.
+        plan = sorted(placements(self.model, self.ckpt.weights), key=lambda p: not self._quantized(p))
         unexpected: list[str] = []
-        for placement in placements(self.model, self.ckpt.weights):
-            if not self._place(placement):
-                unexpected += placement.sources
+        for quantized, group in groupby(plan, self._quantized):
+            for placement in group:
+                if not self._place(placement):
+                    unexpected += placement.sources
+            if quantized and not self.exact:
+                prepare_linears(self.model, self.dtype, self.act)
         self._refuse_unexpected(unexpected)
         tie(self.model)
         if any("quantized_experts" in m.__dict__ for m in self.model.modules()):
@@ -205,9 +220,11 @@ class _Loader:
         refuse_meta(self.model, str(self.ckpt.path))
         self.model.to(self.device)  # type: ignore[arg-type]
 
+    def _quantized(self, placement: Placement) -> bool:
+        return any(self.ckpt.weights[s] for s in placement.sources)
+
     def _place(self, placement: Placement) -> bool:
-        quantized = [self.ckpt.weights[s] for s in placement.sources]
-        if not any(quantized):
+        if not self._quantized(placement):
             tensors = [self.ckpt(s) for s in placement.sources]
             return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
         module, leaf = owner(self.model, placement.target)
@@ -217,11 +234,16 @@ class _Loader:
             self._linear(placement.target.removesuffix(".weight"), module, placement.sources[0])
             return True
         if placement.converter is None and isinstance(module, nn.Embedding) and leaf == "weight":
-            q = self.ckpt.qtensor(placement.sources[0], (module.num_embeddings, module.embedding_dim))
+            q = self._qtensor(placement.sources[0], (module.num_embeddings, module.embedding_dim))
             if can_quantize(module, q):
-                quantize_embedding(module, q.to(self.device), self.dtype)
+                quantize_embedding(module, q, self.dtype)
                 return True
-        if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
+        if (
+            is_experts(module)
+            and all(self.ckpt.weights[s] for s in placement.sources)
+            and placement.stack
+            and not module.is_transposed
+        ):
             self._experts(module, leaf, placement.stack)
             return True
         _LOG.info("%s is quantized but no plain linear: it is dequantized", placement.target)
@@ -229,11 +251,15 @@ class _Loader:
         tensors = [self.ckpt.dense(s, shapes[s]) for s in placement.sources]
         return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
 
+    def _qtensor(self, source: str, shape: tuple[int, int]) -> QTensor:
+        q = self.ckpt.qtensor(source, shape)
+        return q if self.in_place else q.to(self.device)
+
     def _linear(self, path: str, old: nn.Module, source: str) -> None:
         shape = (old.out_features, old.in_features)
-        q = self.ckpt.qtensor(source, shape).to(self.device)  # type: ignore[arg-type]
+        q = self._qtensor(source, shape)  # type: ignore[arg-type]
         # Siblings are stacked before anything is packed: see prepare_linears.
-        matmul = prepare(q, self.dtype, exact=True, act=self.act if self.exact else "")
+        matmul = prepare(q, self.dtype, exact=True, act=self.act) if self.exact else Reference(q)
         # The bias is its own checkpoint tensor: it is assigned (perhaps later) to the parameter made here.
         new = QuantLinear(matmul, shape, old.bias, self.dtype)  # type: ignore[arg-type]
         self.model.set_submodule(path, new)
@@ -243,7 +269,7 @@ class _Loader:
         matmuls = []
         for sources in stack:
             shape = (parameter.shape[1] // len(sources), parameter.shape[2])
-            joined = concat([self.ckpt.qtensor(s, shape) for s in sources]).to(self.device)
+            joined = concat([self._qtensor(s, shape) for s in sources])
             matmuls.append(prepare(joined, self.dtype, exact=self.exact, act=self.act))
         set_expert_weight(module, leaf, matmuls)
 

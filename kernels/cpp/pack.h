@@ -35,6 +35,21 @@ BITSMITH_CLONES inline void lanes(const uint32_t (*word)[ROWS], int32_t bits, ui
   }
 }
 
+// The inverse of `lanes`.
+BITSMITH_CLONES inline void words(const uint32_t (*lane)[ROWS], int32_t bits, uint32_t (*word)[ROWS]) {
+  std::memset(word, 0, static_cast<size_t>(bits + 1) * ROWS * 4);
+  for (int v = 0; v < 8; ++v) {
+    const int first = 4 * v * bits / 32, shift = 4 * v * bits % 32, up = 31 - shift;
+#pragma omp simd
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const uint32_t x = lane[v][r];
+      const uint32_t field = (x & 0xffu) | (x >> 8 & 0xffu) << bits | (x >> 16 & 0xffu) << (2 * bits) | x >> 24 << (3 * bits);
+      word[first][r] |= field << shift;
+      word[first + 1][r] |= field >> 1 >> up;
+    }
+  }
+}
+
 // Byte vectors -> bit planes.
 BITSMITH_CLONES inline void planes(const uint32_t (*lane)[ROWS], int32_t bits, uint32_t* to) {
   int below = 0;
