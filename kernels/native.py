@@ -298,8 +298,7 @@ def group_by_block(parts: dict[str, Tensor], spec: Spec, n: int) -> None:
 
 def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
     """Scales, zero points and mins of `parts` into `weight`, whose n and k are set."""
-    weight.group = weight.k if spec.group == -1 else spec.group
-    weight.scale_rows = scale_rows(spec, weight.n)
+    weight.group, weight.scale_rows = weight.k if spec.group == -1 else spec.group, scale_rows(spec, weight.n)
     weight.scales = parts["scales"].data_ptr()
     weight.scale_dtype = _number_type(spec, parts["scales"])
     for name in ("zeros", "mins"):

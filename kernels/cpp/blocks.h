@@ -52,7 +52,7 @@ inline void gather(const uint8_t* const* row, int32_t size, uint32_t (*word)[ROW
 }
 
 // Codes of neighbours lie in neighbouring bits.
-BITSMITH_CLONES inline void stream(const uint32_t (*word)[ROWS], const Field& f, uint32_t (*to)[ROWS]) {
+inline void stream(const uint32_t (*word)[ROWS], const Field& f, uint32_t (*to)[ROWS]) {
   const int32_t b = f.bits, lanes = (f.size * 2 + b - 1) / b, per = 8 / b;
   const uint32_t mask = (1u << b) - 1, flip = static_cast<uint32_t>(f.flip) * EACH;
   for (int32_t v = 0; v < lanes; ++v) {
@@ -67,7 +67,7 @@ BITSMITH_CLONES inline void stream(const uint32_t (*word)[ROWS], const Field& f,
 }
 
 // Codes of neighbours lie in neighbouring bytes.
-BITSMITH_CLONES inline void runs(const uint32_t (*word)[ROWS], const Field& f, uint32_t (*to)[ROWS]) {
+inline void runs(const uint32_t (*word)[ROWS], const Field& f, uint32_t (*to)[ROWS]) {
   const int32_t run = f.run / 4;
   const uint32_t mask = ((1u << f.bits) - 1) * EACH, flip = static_cast<uint32_t>(f.flip) * EACH;
   for (int32_t first = 0; first < f.size / 4; first += run)
@@ -78,14 +78,14 @@ BITSMITH_CLONES inline void runs(const uint32_t (*word)[ROWS], const Field& f, u
       }
 }
 
-BITSMITH_CLONES inline void nibbles(const uint32_t (*word)[ROWS], int32_t words, Lanes& to) {
+inline void nibbles(const uint32_t (*word)[ROWS], int32_t words, Lanes& to) {
   for (int32_t i = 0; i < words; ++i) {
 #pragma omp simd
     for (int64_t r = 0; r < ROWS; ++r) to.scales[i][r] = word[i][r] & 15 * EACH, to.mins[i][r] = word[i][r] >> 4 & 15 * EACH;
   }
 }
 
-BITSMITH_CLONES inline void sixes(const uint32_t (*word)[ROWS], Lanes& to) {
+inline void sixes(const uint32_t (*word)[ROWS], Lanes& to) {
 #pragma omp simd
   for (int64_t r = 0; r < ROWS; ++r) {
     const uint32_t scale = word[0][r], min = word[1][r], last = word[2][r];
@@ -112,8 +112,12 @@ inline void halves(const uint8_t* const* row, int32_t flip, int64_t count, uint8
 }
 
 // Rows 16 nb .. of all parts; those beyond n are zeros.
-inline void row_block(const Source& from, int64_t nb) {
+BITSMITH_CLONES inline void row_block(const Source& from, int64_t nb) {
   const int64_t count = std::min(ROWS, from.n - nb * ROWS);
+  static thread_local std::vector<uint8_t> near;
+  const int64_t length = from.blocks * from.size;
+  if (static_cast<int64_t>(near.size()) < ROWS * length) near.resize(static_cast<size_t>(ROWS * length));
+  for (int64_t r = 0; r < count; ++r) std::memcpy(near.data() + r * length, from.rows[nb * ROWS + r], static_cast<size_t>(length));
   for (int64_t b = 0; b < from.blocks; ++b) {
     const int64_t at = nb * from.blocks + b;
     Lanes lanes{};
@@ -121,7 +125,7 @@ inline void row_block(const Source& from, int64_t nb) {
       const Field& f = from.fields[i];
       const uint8_t* row[ROWS];
       // A row that is missing is read as the last one, and cleared below.
-      for (int64_t r = 0; r < ROWS; ++r) row[r] = from.rows[nb * ROWS + std::min(r, count - 1)] + b * from.size + f.at;
+      for (int64_t r = 0; r < ROWS; ++r) row[r] = near.data() + std::min(r, count - 1) * length + b * from.size + f.at;
       if (f.kind == HALF) {
         halves(row, f.flip, count, from.parts[f.part] + at * 2 * ROWS);
         continue;
