@@ -275,8 +275,8 @@ def blocked(plain: QTensor, structure: type[_Scaled]) -> tuple[dict[str, Tensor]
     if found := blocks.in_place([plain.parts]):
         parts = from_blocks(found[0], plain.shape)
     else:
-        parts = {name: t.contiguous() for name, t in plain.parts.items() if name != "perm"}
-        parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
+        parts = {name: t.contiguous() for name, t in plain.parts.items() if name not in ("perm", "codes")}
+        parts["codes"] = pack_codes(plain.parts["codes"], n, k, spec.bits)
         group_by_block(parts, spec, n)
     weight = structure(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
     add_scales(weight, parts, spec)

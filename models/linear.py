@@ -125,14 +125,15 @@ class _Member:
 
 
 def fuse_siblings(parent: nn.Module, dtype: torch.dtype, act: str = "") -> int:
-    """Give every set of sibling QuantLinears in `parent` one shared product; returns how many sets there were.
+    """Give every set of siblings in `parent` that hold their QTensors one shared product; returns how many sets there
+    were.
 
     Sets whose weights differ in spec, width or shared parts stay apart.
     """
     count = 0
     for names in SIBLINGS:
         group = [getattr(parent, name, None) for name in names]
-        linears = [m for m in group if isinstance(m, QuantLinear)]
+        linears = [m for m in group if isinstance(m, QuantLinear) and isinstance(m.matmul, Reference)]
         if len(linears) != len(names):
             continue
         tensors = [m.qtensor() for m in linears]

@@ -217,10 +217,15 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
 // Bit stream int32 [n, ceil(k * bits / 32)] of any strides (in words) -> codes of common.h; rows and inputs beyond n and k are zeros.
 BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t row_stride, int64_t word_stride, int64_t n, int64_t k, int32_t bits, uint8_t* out,
                                 int32_t threads) {
-  const int64_t size = (k + BLOCK - 1) / BLOCK * 64 * bits;
-  pool().run((n + ROWS - 1) / ROWS, threads, [&](int64_t nb) {
-    const pack::Stream from{stream + nb * ROWS * row_stride, row_stride, word_stride};
-    pack::row_block(from, std::min(ROWS, n - nb * ROWS), k, bits, out + nb * size);
+  const int64_t k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
+  // Where neighbours in memory are rows: a cache line of each word at a time would meet a page each.
+  const int64_t share = row_stride == 1 ? 8 : 1;
+  pool().run((count + share - 1) / share, threads, [&](int64_t task) {
+    for (int64_t kb = 0; kb < k_blocks; ++kb)
+      for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) {
+        const pack::Stream from{stream + nb * ROWS * row_stride, row_stride, word_stride};
+        pack::block(from, kb, std::min(ROWS, n - nb * ROWS), k, bits, out + (nb * k_blocks + kb) * 64 * bits);
+      }
   });
 }
 
