@@ -1,5 +1,5 @@
 """`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
-`bitsmith bench kernels` is in _bench_kernels.py, `bitsmith bench samplers` in _bench_samplers.py.
+`bitsmith bench kernels` is in _bench_kernels.py; samplers and load are in files named likewise.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
 on random weights of its shape. Of a .gguf file, and of a SHAPE with --gguf-type, llama.cpp runs the very file that ours
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import _bench_kernels, _bench_samplers, _threads
+from . import _bench_kernels, _bench_load, _bench_samplers, _threads
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
@@ -25,12 +25,15 @@ _OURS = "bitsmith"
 def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("bench", help="speed, beside other engines")
-    parser.add_argument("kind", metavar="decode|kernels|samplers", help="a model, single products, or samplers")
+    parser.add_argument(
+        "kind", metavar="decode|kernels|samplers|load", help="a model, single products, samplers, loading"
+    )
     parser.add_argument(
         "path",
         metavar="PATH|SHAPE",
         nargs="?",
-        help="decode: a model directory or .gguf file, or 1.1b, 8b, tiny; samplers: ROWSxVOCABULARY (64x131072)",
+        help="decode and load: a model directory or .gguf file; decode: or 1.1b, 8b, tiny; "
+        "samplers: ROWSxVOCABULARY (64x131072)",
     )
     parser.add_argument(
         "--against",
@@ -59,8 +62,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record."""
-    if args.kind not in ("decode", "kernels", "samplers"):
-        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels, samplers")
+    if args.kind not in ("decode", "kernels", "samplers", "load"):
+        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels, samplers, load")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: accepted is 1 or more")
     threads = _threads.apply(args)
@@ -69,6 +72,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.kind == "samplers":
         _bench_samplers.run(args)
+        return
+    if args.kind == "load":
+        _bench_load.run(args, threads)
         return
     if args.path is None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")

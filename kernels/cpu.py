@@ -158,4 +158,4 @@ def prepare(q: QTensor) -> Native | int4pack.Int4Pack | LookUp:
         if each.supports(q):
             found: Native = each.pack(q)
             return found
-    return int4pack.pack(q) or LookUp(q)
+    return int4pack.pack(q) or LookUp(q.read())

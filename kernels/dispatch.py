@@ -166,7 +166,7 @@ def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "
     elif path == "triton":
         product = _triton(q, dtype)
     else:
-        product = Reference(q)
+        product = Reference(q.read())
     return RoundedInput(product, q.spec) if act else product
 
 
@@ -181,7 +181,7 @@ def check_act(act: str, exact: bool) -> None:
 
 
 def _path(q: QTensor, dtype: torch.dtype) -> str:
-    device = q.parts["codes"].device.type
+    device = q.device.type
     path = forced()
     if not path:
         return "reference" if dtype is torch.float32 else "triton" if device == "cuda" else "cpu"

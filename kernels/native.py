@@ -26,7 +26,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from . import bits, ops
+from . import bits, blocks, ops
+from .blocks import BLOCK, ROWS
 from .families import family
 from .native_inputs import int8_activations as int8_activations
 from .native_inputs import rounded_activations as rounded_activations
@@ -39,16 +40,15 @@ from .spec import ROW_TABLE, Spec
 log = logging.getLogger(__name__)
 
 PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
-ROWS, BLOCK = 16, 32
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # What bytes of scales are, by their storage's name.
 _BYTES = {"e8m0": 4, "ue4m3": 5}
 # Of native.cpp's functions and structures.
-_ABI = 10
+_ABI = 11
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
-_BY_GROUP = ("scales", "zeros", "mins")
+_BY_GROUP = {"scales", "zeros", "mins"}
 _Structure = TypeVar("_Structure", bound=ctypes.Structure)
 _Scaled = TypeVar("_Scaled", bound="Weight")
 
@@ -83,23 +83,15 @@ def library() -> ctypes.CDLL | None:
         log.warning("%s was built from other sources: run `pip install -e .` again; using torch's own", found[-1])
         return None
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    lib.bitsmith_linear.argtypes = [pointer, pointer, number, size, pointer, number, number, number]
+    products = ("linear", "floats", "two_level_linear", "grids_linear")
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
-    for name in ("floats", "two_level_linear", "grids_linear"):
-        getattr(lib, f"bitsmith_{name}").argtypes = lib.bitsmith_linear.argtypes
+    lib.bitsmith_pack_blocks.argtypes = [pointer, number]
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
-    for name in (
-        "linear",
-        "floats",
-        "pack",
-        "unpack",
-        "two_level_linear",
-        "pack_levels",
-        "unpack_levels",
-        "grids_linear",
-    ):
+    for name in products:
+        getattr(lib, f"bitsmith_{name}").argtypes = [pointer, pointer, number, size, pointer, number, number, number]
+    for name in (*products, "pack", "pack_blocks", "unpack", "pack_levels", "unpack_levels"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -165,7 +157,7 @@ class NativeLinear:
     def blocks(self, which: Tensor) -> QTensor:
         """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
         count = -(-self.shape[0] // ROWS)
-        by_rows = {"codes", *_BY_GROUP} & self.parts.keys()
+        by_rows = ({"codes"} | _BY_GROUP) & self.parts.keys()
         parts = {**self.parts, **{name: select_blocks(self.parts[name], count, which) for name in by_rows}}
         n = which.shape[0] * ROWS
         return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
@@ -273,29 +265,40 @@ def pack(q: QTensor) -> NativeLinear:
         weight.values = values.data_ptr()
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
-    shapes = {name: t.shape for name, t in q.parts.items()}
-    return NativeLinear(q.spec, q.shape, shapes, q.extra, parts, weight, values)
+    return NativeLinear(q.spec, q.shape, blocks.shapes(q.parts), q.extra, parts, weight, values)
 
 
 def blocked(plain: QTensor, structure: type[_Scaled]) -> tuple[dict[str, Tensor], _Scaled]:
     """The parts of `plain` (straightened, one code a weight) in the layout of cpp/common.h, and what says so there; the
     kind, the zero point that is not stored and the values of codes are left open."""
     spec, (n, k) = plain.spec, plain.shape
-    parts = {name: t.contiguous() for name, t in plain.parts.items() if name != "perm"}
-    parts["codes"] = pack_codes(parts["codes"], n, k, spec.bits)
+    if found := blocks.in_place([plain.parts]):
+        parts = from_blocks(found[0], plain.shape)
+    else:
+        parts = {name: t.contiguous() for name, t in plain.parts.items() if name not in ("perm", "codes")}
+        parts["codes"] = pack_codes(plain.parts["codes"], n, k, spec.bits)
+        group_by_block(parts, spec, n)
     weight = structure(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
     add_scales(weight, parts, spec)
     return parts, weight
 
 
-def add_scales(weight: Weight, parts: dict[str, Tensor], spec: Spec) -> None:
-    """Scales, zero points and mins in `parts` [N, G] -> [blocks, G, 16] there, and into `weight`, whose n and k are
-    set."""
-    n, k = weight.n, weight.k
-    weight.group, weight.scale_rows = k if spec.group == -1 else spec.group, scale_rows(spec, n)
-    for name in _BY_GROUP:
-        if name in parts and weight.scale_rows == 1:
-            parts[name] = by_block(parts[name].reshape(n, -1))
+def from_blocks(source: blocks.Blocks, shape: tuple[int, int]) -> dict[str, Tensor]:
+    """All parts in the library's layout, straight from where they lie in a file."""
+    lib = library()
+    assert lib is not None
+    return blocks.packed(lib, source, shape)
+
+
+def group_by_block(parts: dict[str, Tensor], spec: Spec, n: int) -> None:
+    """Scales, zero points and mins in `parts`, of one row each: [N, G] -> [blocks, G, 16]."""
+    for name in _BY_GROUP & parts.keys() if scale_rows(spec, n) == 1 else ():
+        parts[name] = by_block(parts[name].reshape(n, -1))
+
+
+def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
+    """Scales, zero points and mins of `parts` into `weight`, whose n and k are set."""
+    weight.group, weight.scale_rows = weight.k if spec.group == -1 else spec.group, scale_rows(spec, weight.n)
     weight.scales = parts["scales"].data_ptr()
     weight.scale_dtype = _number_type(spec, parts["scales"])
     for name in ("zeros", "mins"):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import native, ops
+from . import blocks, native, ops
 from .families import family
 from .native import DTYPES, Weight
 from .pieces import straighten
@@ -146,9 +146,8 @@ def pack(q: QTensor) -> FloatLinear:
     source.factor = float(q.parts.get("global_scale", 1.0))
     if "perm" in q.parts:
         parts["perm"] = q.parts["perm"]
-    shapes = {name: t.shape for name, t in q.parts.items()}
     operands = native.operands(source, [*parts.values(), *derived])
-    return FloatLinear(q.spec, q.shape, shapes, q.extra, parts, source, *operands)
+    return FloatLinear(q.spec, q.shape, blocks.shapes(q.parts), q.extra, parts, source, *operands)
 
 
 def _form(spec: Spec) -> int:
@@ -179,6 +178,7 @@ def _vectors(plain: QTensor) -> tuple[dict[str, Tensor], _Source]:
     parts = {name: t.contiguous() for name, t in plain.parts.items() if name not in ("perm", "codes")}
     parts["codes"] = native.on_large_pages(plain.parts["codes"])
     source = _Source(n=n, k=k, bits=plain.spec.bits, codes=parts["codes"].data_ptr(), words=parts["codes"].shape[1])
+    native.group_by_block(parts, plain.spec, n)
     native.add_scales(source, parts, plain.spec)
     return parts, source
 

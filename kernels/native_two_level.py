@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import bits, codebook, native, ops
+from . import bits, blocks, codebook, native, ops
 from .families import family, level_codes
 from .qtensor import QTensor
 from .spec import Spec
@@ -114,14 +114,8 @@ def supports(q: QTensor) -> bool:
 def pack(q: QTensor) -> TwoLevelLinear:
     """`q` in the library's layout; `supports(q)` must be true."""
     spec, (n, k) = q.spec, q.shape
-    parts = {}
-    for name, part in q.parts.items():
-        if name == "codes":
-            parts[name] = native.pack_codes(part, n, k, spec.bits)
-        elif name in _LEVELS:
-            parts[name] = _packed_codes(level_codes(spec, part, q.parts[f"super_{name}"]), spec)
-        else:
-            parts[name] = native.by_block(part.view(n, -1))
+    found = blocks.in_place([q.parts])
+    parts = native.from_blocks(found[0], q.shape) if found else _packed(q)
     width, offset = spec.scale_code
     weight = _Weight(
         n=n, k=k, bits=spec.bits, group=spec.group, sub_bits=width, offset=offset,
@@ -135,6 +129,19 @@ def pack(q: QTensor) -> TwoLevelLinear:
         held.append(codebook.table(spec).to(torch.int8))
         weight.table = held[-1].data_ptr()
     return TwoLevelLinear(spec, q.shape, q.extra, parts, *native.operands(weight, held))
+
+
+def _packed(q: QTensor) -> dict[str, Tensor]:
+    """Parts in the library's layout."""
+    spec, (n, k), parts = q.spec, q.shape, {}
+    for name, part in q.parts.items():
+        if name == "codes":
+            parts[name] = native.pack_codes(part, n, k, spec.bits)
+        elif name in _LEVELS:
+            parts[name] = _packed_codes(level_codes(spec, part, q.parts[f"super_{name}"]), spec)
+        else:
+            parts[name] = native.by_block(part.view(n, -1))
+    return parts
 
 
 def rounded_activations(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import bits, transform
+from . import bits, blocks, transform
 from .families import family, scale_shape
 from .grid import Params
 from .spec import ROW_TABLE, Spec
@@ -66,8 +66,18 @@ class QTensor:
         """Bits per weight, scales and zero points included."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return torch.device("cpu") if blocks.in_place([self.parts]) else self.parts["codes"].device
+
     def to(self, device: torch.device | str) -> "QTensor":
+        """Parts on `device`, read where they are still in the blocks of a file."""
         return replace(self, parts={k: t.to(device) for k, t in self.parts.items()})
+
+    def read(self) -> "QTensor":
+        """Itself, or the same with parts that were still in the blocks of a file."""
+        return self.to(self.device) if blocks.in_place([self.parts]) else self
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or codes or a Hadamard
@@ -201,10 +211,12 @@ def concat(tensors: Sequence[QTensor]) -> QTensor:
     """Stack along output rows: merged q/k/v, gate/up, or a layer's experts. Raises ValueError unless `can_concat`."""
     if not can_concat(tensors):
         raise ValueError("cannot stack " + ", ".join(f"{t.spec} {t.shape}" for t in tensors))
-    first = tensors[0]
+    first, shape = tensors[0], (sum(t.shape[0] for t in tensors), tensors[0].shape[1])
+    if found := blocks.in_place([t.parts for t in tensors]):
+        return QTensor(first.spec, shape, found[0].stacked(found[1:]))
     rows = _row_parts(first.spec)
     parts = {k: _stack([t.parts[k] for t in tensors]) if k in rows else v for k, v in first.parts.items()}
-    return QTensor(first.spec, (sum(t.shape[0] for t in tensors), first.shape[1]), parts)
+    return QTensor(first.spec, shape, parts)
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
@@ -267,7 +279,8 @@ def codes_of(q: QTensor) -> Tensor:
 
 def core(q: QTensor) -> QTensor:
     """What is between the steps of `q`: the weight of the packed columns, whole Hadamard blocks of it."""
-    parts = {name: t for name, t in q.parts.items() if name not in transform.PARTS}
+    steps = q.parts.keys() & transform.PARTS
+    parts = {name: t for name, t in q.parts.items() if name not in steps} if steps else q.parts
     return QTensor(q.spec.without_steps(), core_shape(q.spec, q.shape), parts, q.extra)
 
 

@@ -6,10 +6,12 @@ with the restricted unpickler (weights_only), any other pickle is refused.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +25,8 @@ from ..quant_formats import base
 
 _NATIVE_HQQ = "qmodel.pt"
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+# Bytes that one hint asks for.
+_AHEAD = 1 << 20
 
 
 def resolve(path: str | Path) -> Path:
@@ -284,3 +288,23 @@ class Checkpoint:
     def generation_config(self) -> GenerationConfig | None:
         exists = (self.path / "generation_config.json").exists()
         return GenerationConfig.from_pretrained(self.path) if exists else None
+
+
+def read_ahead(files: Iterable[Path]) -> None:
+    """Have the system read `files` while the model is built and the first weights are packed.
+
+    A hint: nothing waits for it, and a file that is missing is the reader's to report.
+    """
+    if hasattr(os, "posix_fadvise"):
+        Thread(target=_advise, args=([*filter(Path.is_file, files)],), daemon=True).start()
+
+
+def _advise(files: Iterable[Path]) -> None:
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            # A call reads no more than the device's read-ahead, some MB at most.
+            for start in range(0, os.fstat(descriptor).st_size, _AHEAD):
+                os.posix_fadvise(descriptor, start, _AHEAD, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import Reference
+from ..kernels.blocks import in_place
+from ..kernels.dispatch import Reference, prepare
 from ..kernels.qtensor import QTensor, independent_rows
 from ..kernels.rows import Source, look_up, source, spec_of
 from .linear import QuantLinear
@@ -47,6 +48,14 @@ def quantize_embedding(module: nn.Embedding, q: QTensor, dtype: torch.dtype) -> 
     module.__class__ = QuantEmbedding
     assert isinstance(module, QuantEmbedding)
     module.held, module.dtype = held, dtype
+
+
+def read_table(model: nn.Module) -> None:
+    """Take the model's quantized table out of the blocks of a file, if it is still there: through a product and back,
+    which is the library's fast way."""
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    if isinstance(table, QuantEmbedding) and isinstance(table.held, Reference) and in_place([table.held.q.parts]):
+        table.held = Reference(prepare(table.held.q, torch.bfloat16).qtensor())
 
 
 def share_tied(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ import itertools
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -135,15 +136,36 @@ def _gated(module: nn.Module, device: torch.device) -> bool:
     if len(linears) not in (2, 3) or not _takes(module.forward, 1):
         return False
     for width, pieces, down in _splits(linears):
-        x = _rows(width, _dtype(module), device)
-        wanted, halves = _run(module.forward, x), _run(pieces, x)
-        if not isinstance(wanted, Tensor) or halves is None:
-            continue
-        for act, function in _ACTS.items():
-            if _identical(_run(down, function(halves[0]) * halves[1]), wanted):
-                module.forward = partial(_gated_forward, pieces, down, act)
-                return True
+        with _picking(linears, device):
+            act = _act_between(module, pieces, down, _rows(width, _dtype(module), device))
+        if act:
+            module.forward = partial(_gated_forward, pieces, down, act)
+            return True
     return False
+
+
+def _act_between(module: nn.Module, pieces: Callable[..., Any], down: Any, x: Tensor) -> str:
+    """Name of the activation for which the module does what `_gated` says, "" if there is none."""
+    wanted, halves = _run(module.forward, x), _run(pieces, x)
+    if not isinstance(wanted, Tensor) or halves is None:
+        return ""
+    fitting = (a for a, f in _ACTS.items() if _identical(_run(down, f(halves[0]) * halves[1]), wanted))
+    return next(fitting, "")
+
+
+@contextmanager
+def _picking(linears: list[Any], device: torch.device) -> Iterator[None]:
+    """Have each linear pick some of its inputs instead of multiplying: what a module does around them stays, and no
+    weight is read (of a 1.1 B model's 0.6 seconds of loading, real products took 0.05)."""
+    generator = torch.Generator().manual_seed(0)
+    for linear in linears:
+        which = torch.randint(linear.in_features, (linear.out_features,), generator=generator).to(device)
+        linear.forward = partial(torch.index_select, dim=-1, index=which)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

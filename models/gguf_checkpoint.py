@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..kernels.qtensor import QTensor
 from ..quant_formats.base import Recipe
 from ..quant_formats.gguf_blocks import spec, unpack
+from ..quant_formats.gguf_in_place import in_place
 from .gguf_config import Metadata, read_config
 from .gguf_file import TensorInfo, read_gguf
 from .gguf_names import NO_WEIGHTS, Link, halved, links, meta_model
@@ -142,9 +143,7 @@ class GGUFCheckpoint:
                 f"{self.path}: weight {weight} has {rows} outputs, the model needs {shape[0]}. Fix: fetch it again"
             )
         raw = raw[index * rows : (index + 1) * rows]
-        if link.heads:
-            raw = raw[halved(rows, link.heads)]
-        return unpack(info.type_name, raw, shape)
+        return in_place(info.type_name, raw, shape, halved(rows, link.heads) if link.heads else None)
 
     def __call__(self, name: str) -> Tensor:
         """A weight as numbers; a packed one dequantized in float32. UserError where it is missing."""

@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..kernels.cpu import prepare_dense
 from ..kernels.dispatch import Matmul, Reference, prepare
+from ..kernels.paths import forced
 from ..kernels.qtensor import QTensor, can_concat, concat
 
 EXPERTS = "bitsmith"
@@ -124,31 +125,38 @@ class _Member:
         return self.shared.matmul.qtensor().rows(start, start + self.shared.sizes[self.index])
 
 
-def fuse_siblings(model: nn.Module, dtype: torch.dtype, act: str = "") -> int:
-    """Give every set of sibling QuantLinears one shared product; returns how many sets there were.
+def fuse_siblings(parent: nn.Module, dtype: torch.dtype, act: str = "") -> int:
+    """Give every set of siblings in `parent` that hold their QTensors one shared product; returns how many sets there
+    were.
 
     Sets whose weights differ in spec, width or shared parts stay apart.
     """
     count = 0
-    for parent in model.modules():
-        for names in SIBLINGS:
-            group = [getattr(parent, name, None) for name in names]
-            linears = [m for m in group if isinstance(m, QuantLinear)]
-            if len(linears) != len(names):
-                continue
-            tensors = [m.qtensor() for m in linears]
-            if not can_concat(tensors):
-                continue
-            shared = _Shared(prepare(concat(tensors), dtype, act=act), [m.out_features for m in linears])
-            for index, linear in enumerate(linears):
-                linear.matmul = _Member(shared, index)
-            count += 1
+    for names in SIBLINGS:
+        group = [getattr(parent, name, None) for name in names]
+        linears = [m for m in group if isinstance(m, QuantLinear) and isinstance(m.matmul, Reference)]
+        if len(linears) != len(names):
+            continue
+        tensors = [m.qtensor() for m in linears]
+        if not can_concat(tensors):
+            continue
+        shared = _Shared(prepare(concat(tensors), dtype, act=act), [m.out_features for m in linears])
+        for index, linear in enumerate(linears):
+            linear.matmul = _Member(shared, index)
+        count += 1
     return count
 
 
 def prepare_linears(model: nn.Module, dtype: torch.dtype, act: str = "") -> None:
-    """Give every QuantLinear that still holds its QTensor the product of this machine; one is held twice at a time."""
+    """Give every QuantLinear that holds its QTensor the product of this machine, siblings one together; one is held
+    twice at a time.
+
+    In one pass over the layers: weights are packed about as fast as the disk gives them, and in its order.
+    """
+    stacked = forced() != "reference"
     for module in model.modules():
+        if stacked:
+            fuse_siblings(module, dtype, act)
         if isinstance(module, QuantLinear) and isinstance(module.matmul, Reference):
             module.matmul = prepare(module.qtensor(), dtype, act=act)
 

@@ -5,10 +5,12 @@ placed (models/names.py) and either assigned or turned into a quantized module. 
 error: a model is never returned with random numbers in it.
 """
 
+import gc
 import logging
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
-from ..kernels.dispatch import check_act, prepare
+from ..kernels.dispatch import Reference, check_act, prepare
 from ..kernels.paths import forced
-from ..kernels.qtensor import concat
-from .checkpoint import AnyCheckpoint, open_checkpoint, resolve
-from .embedding import can_quantize, quantize_embedding, share_tied
+from ..kernels.qtensor import QTensor, concat
+from .checkpoint import AnyCheckpoint, open_checkpoint, read_ahead, resolve
+from .embedding import can_quantize, quantize_embedding, read_table, share_tied
 from .fused import fuse
 from .gguf_config import Metadata
 from .gguf_file import read_gguf
@@ -29,7 +31,6 @@ from .gguf_tokenizer import build_tokenizer
 from .linear import (
     EXPERTS,
     QuantLinear,
-    fuse_siblings,
     is_experts,
     is_linear,
     prepack_linears,
@@ -42,6 +43,19 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking all of torch and transformers meanwhile: 0.2 seconds a time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
+
+
+@_no_collection()
 def load_model(
     path: str | Path,
     device: str | torch.device = "cpu",
@@ -62,30 +76,30 @@ def load_model(
     beside `exact=True`.
     """
     check_act(act, exact)
+    path = resolve(path)
+    # A GGUF file begins with what is read first. Headers of several files would wait for all before them.
+    begun = [path] if path.is_file() else []
+    read_ahead(begun)
     ckpt = open_checkpoint(path)
+    read_ahead(file for file in ckpt.files if file not in begun)
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
-    read_ahead(ckpt.files)
     model = build(ckpt, wanted, attn_implementation)
     loader = _Loader(model, ckpt, device, wanted, exact, act)
     loader.fill()
-    if not exact:
-        _specialize(model, device, wanted, act)
     if model.config.get_text_config().tie_word_embeddings:
         share_tied(model)
+    read_table(model)
+    if not exact:
+        _specialize(model, device, wanted)
     model.eval()
     return model
 
 
-def _specialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, act: str) -> None:
-    """Put the products and small steps of this machine in, as far as BITSMITH_KERNELS allows.
-
-    Under `reference` nothing is stacked, prepacked or fused either: what runs is transformers' code, weight by weight.
-    """
+def _specialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the small steps of this machine in, as far as BITSMITH_KERNELS allows: under `reference` what runs is
+    transformers' code, weight by weight."""
     path = forced()
-    if path != "reference":
-        fuse_siblings(model, dtype, act)
-    prepare_linears(model, dtype, act)
     if path == "reference":
         return
     native = device.type == "cpu" and dtype is torch.bfloat16
@@ -93,21 +107,6 @@ def _specialize(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
         prepack_linears(model)
     if native or device.type != "cpu" or path == "triton":
         fuse(model, device)
-
-
-def read_ahead(files: Iterable[Path]) -> None:
-    """Have the system read `files` while the model is built and the first weights are packed.
-
-    A hint: nothing waits for it, and a file that is missing is the reader's to report.
-    """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for file in filter(Path.is_file, files):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -207,12 +206,20 @@ class _Loader:
         act: str,
     ) -> None:
         self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
+        # Whether weights may stay in the blocks of the file until they are packed.
+        self.in_place = device.type == "cpu" and dtype is torch.bfloat16 and not exact
 
     def fill(self) -> None:
+        # Layer by layer, as files are written: one is packed while the disk reads the next. The head may be in the last
+        # file, and the last layer's norms behind all others.
+        plan = placements(self.model, self.ckpt.weights)
+        plan.sort(key=lambda p: (not self._quantized(p), not _layer(p.target)))
         unexpected: list[str] = []
-        for placement in placements(self.model, self.ckpt.weights):
-            if not self._place(placement):
-                unexpected += placement.sources
+        for (quantized, layer), group in groupby(plan, lambda p: (self._quantized(p), _layer(p.target))):
+            refused = [p for p in group if not self._place(p)]
+            unexpected += [source for placement in refused for source in placement.sources]
+            if quantized and not self.exact and not refused:
+                prepare_linears(self.model.get_submodule(layer), self.dtype, self.act)
         self._refuse_unexpected(unexpected)
         tie(self.model)
         if any("quantized_experts" in m.__dict__ for m in self.model.modules()):
@@ -220,9 +227,11 @@ class _Loader:
         refuse_meta(self.model, str(self.ckpt.path))
         self.model.to(self.device)  # type: ignore[arg-type]
 
+    def _quantized(self, placement: Placement) -> bool:
+        return any(self.ckpt.weights[s] for s in placement.sources)
+
     def _place(self, placement: Placement) -> bool:
-        quantized = [self.ckpt.weights[s] for s in placement.sources]
-        if not any(quantized):
+        if not self._quantized(placement):
             tensors = [self.ckpt(s) for s in placement.sources]
             return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
         module, leaf = owner(self.model, placement.target)
@@ -232,11 +241,16 @@ class _Loader:
             self._linear(placement.target.removesuffix(".weight"), module, placement.sources[0])
             return True
         if placement.converter is None and isinstance(module, nn.Embedding) and leaf == "weight":
-            q = self.ckpt.qtensor(placement.sources[0], (module.num_embeddings, module.embedding_dim))
+            q = self._qtensor(placement.sources[0], (module.num_embeddings, module.embedding_dim))
             if can_quantize(module, q):
-                quantize_embedding(module, q.to(self.device), self.dtype)
+                quantize_embedding(module, q, self.dtype)
                 return True
-        if is_experts(module) and all(quantized) and placement.stack and not module.is_transposed:
+        if (
+            is_experts(module)
+            and all(self.ckpt.weights[s] for s in placement.sources)
+            and placement.stack
+            and not module.is_transposed
+        ):
             self._experts(module, leaf, placement.stack)
             return True
         _LOG.info("%s is quantized but no plain linear: it is dequantized", placement.target)
@@ -244,11 +258,15 @@ class _Loader:
         tensors = [self.ckpt.dense(s, shapes[s]) for s in placement.sources]
         return all(assign(self.model, n, t) for n, t in placement.convert(tensors, self.model).items())
 
+    def _qtensor(self, source: str, shape: tuple[int, int]) -> QTensor:
+        q = self.ckpt.qtensor(source, shape)
+        return q if self.in_place else q.to(self.device)
+
     def _linear(self, path: str, old: nn.Module, source: str) -> None:
         shape = (old.out_features, old.in_features)
-        q = self.ckpt.qtensor(source, shape).to(self.device)  # type: ignore[arg-type]
+        q = self._qtensor(source, shape)  # type: ignore[arg-type]
         # Siblings are stacked before anything is packed: see prepare_linears.
-        matmul = prepare(q, self.dtype, exact=True)
+        matmul = prepare(q, self.dtype, exact=True) if self.exact else Reference(q)
         # The bias is its own checkpoint tensor: it is assigned (perhaps later) to the parameter made here.
         new = QuantLinear(matmul, shape, old.bias, self.dtype)  # type: ignore[arg-type]
         self.model.set_submodule(path, new)
@@ -258,7 +276,7 @@ class _Loader:
         matmuls = []
         for sources in stack:
             shape = (parameter.shape[1] // len(sources), parameter.shape[2])
-            joined = concat([self.ckpt.qtensor(s, shape) for s in sources]).to(self.device)
+            joined = concat([self._qtensor(s, shape) for s in sources])
             matmuls.append(prepare(joined, self.dtype, exact=self.exact, act=self.act))
         set_expert_weight(module, leaf, matmuls)
 
@@ -274,6 +292,12 @@ class _Loader:
                 f"{', '.join(names[:3])}. Nothing was loaded. Fix: config.json must describe this checkpoint "
                 f"(a quantized one needs the quantization_config it was written with)"
             )
+
+
+def _layer(target: str) -> str:
+    """Path of the layer that a model tensor is in: up to the first number, "" if there is none."""
+    found = re.match(r"(.*?\.\d+)\.", target)
+    return found[1] if found else ""
 
 
 def owner(model: nn.Module, target: str) -> tuple[nn.Module | None, str]:

@@ -201,6 +201,14 @@ def unpack(type_name: str, raw: Tensor, shape: tuple[int, int]) -> QTensor:
 
     UserError for a dense or unknown type, and where raw does not have that shape.
     """
+    block = packed_type(type_name, raw, shape)
+    pieces = [_stored(block, _read(block, raw[start:stop]), stop - start) for start, stop in _rows(*shape)]
+    parts = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return QTensor(block.spec, shape, parts)
+
+
+def packed_type(type_name: str, raw: Tensor, shape: tuple[int, int]) -> Block:
+    """The block of raw uint8 [N, row_bytes] of a [N, K] weight. Errors are those of `unpack`."""
     block = _packed(type_name)
     wanted = (shape[0], row_bytes(type_name, shape[1]))
     if raw.dtype is not torch.uint8 or tuple(raw.shape) != wanted:
@@ -208,9 +216,7 @@ def unpack(type_name: str, raw: Tensor, shape: tuple[int, int]) -> QTensor:
             f"{type_name} rows of a {shape[0]} x {shape[1]} weight are {raw.dtype} {tuple(raw.shape)}; "
             f"accepted: torch.uint8 {wanted}"
         )
-    pieces = [_stored(block, _read(block, raw[start:stop]), stop - start) for start, stop in _rows(*shape)]
-    parts = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    return QTensor(block.spec, shape, parts)
+    return block
 
 
 def pack(type_name: str, q: QTensor) -> Tensor:

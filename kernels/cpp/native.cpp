@@ -5,6 +5,7 @@
 #include "attend512.h"
 #include "avx2.h"
 #include "avx512.h"
+#include "blocks.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
@@ -200,7 +201,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 10; }
+BITSMITH_API int32_t bitsmith_abi() { return 11; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -244,11 +245,21 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
 // Bit stream int32 [n, ceil(k * bits / 32)] of any strides (in words) -> codes of common.h; rows and inputs beyond n and k are zeros.
 BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t row_stride, int64_t word_stride, int64_t n, int64_t k, int32_t bits, uint8_t* out,
                                 int32_t threads) {
-  const int64_t size = (k + BLOCK - 1) / BLOCK * 64 * bits;
-  pool().run((n + ROWS - 1) / ROWS, threads, [&](int64_t nb) {
-    const pack::Stream from{stream + nb * ROWS * row_stride, row_stride, word_stride};
-    pack::row_block(from, std::min(ROWS, n - nb * ROWS), k, bits, out + nb * size);
+  const int64_t k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
+  // Where neighbours in memory are rows: a cache line of each word at a time would meet a page each.
+  const int64_t share = row_stride == 1 ? 8 : 1;
+  pool().run((count + share - 1) / share, threads, [&](int64_t task) {
+    for (int64_t kb = 0; kb < k_blocks; ++kb)
+      for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) {
+        const pack::Stream from{stream + nb * ROWS * row_stride, row_stride, word_stride};
+        pack::block(from, kb, std::min(ROWS, n - nb * ROWS), k, bits, out + (nb * k_blocks + kb) * 64 * bits);
+      }
   });
+}
+
+// Blocks of a file -> all parts, see blocks.h.
+BITSMITH_API void bitsmith_pack_blocks(const blocks::Source* source, int32_t threads) {
+  pool().run(source->row_blocks(), threads, [&](int64_t nb) { blocks::row_block(*source, nb); });
 }
 
 // The inverse of bitsmith_pack.
@@ -256,18 +267,12 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
   const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK, count = (n + ROWS - 1) / ROWS;
   pool().run(count, threads, [&](int64_t nb) {
     for (int64_t kb = 0; kb < k_blocks; ++kb) {
-      uint8_t codes[8 * 64];
-      generic::unpack(packed + (nb * k_blocks + kb) * 64 * bits, bits, codes);
-      for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r) {
-        uint32_t word[9] = {};
-        for (int i = 0; i < BLOCK; ++i) {
-          const uint64_t field = static_cast<uint64_t>(codes[64 * (i / 4) + 4 * r + i % 4]) << (i * bits % 32);
-          word[i * bits / 32] |= static_cast<uint32_t>(field);
-          word[i * bits / 32 + 1] |= static_cast<uint32_t>(field >> 32);
-        }
-        const int64_t have = std::min<int64_t>(bits, words - kb * bits);
-        std::memcpy(out + (nb * ROWS + r) * words + kb * bits, word, static_cast<size_t>(have) * 4);
-      }
+      alignas(64) uint32_t lane[8][ROWS], word[9][ROWS];
+      generic::unpack(packed + (nb * k_blocks + kb) * 64 * bits, bits, reinterpret_cast<uint8_t*>(lane));
+      pack::words(lane, bits, word);
+      const int64_t have = std::min<int64_t>(bits, words - kb * bits);
+      for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r)
+        for (int64_t i = 0; i < have; ++i) out[(nb * ROWS + r) * words + kb * bits + i] = word[i][r];
     }
   });
 }

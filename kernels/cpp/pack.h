@@ -35,6 +35,21 @@ BITSMITH_CLONES inline void lanes(const uint32_t (*word)[ROWS], int32_t bits, ui
   }
 }
 
+// The inverse of `lanes`.
+BITSMITH_CLONES inline void words(const uint32_t (*lane)[ROWS], int32_t bits, uint32_t (*word)[ROWS]) {
+  std::memset(word, 0, static_cast<size_t>(bits + 1) * ROWS * 4);
+  for (int v = 0; v < 8; ++v) {
+    const int first = 4 * v * bits / 32, shift = 4 * v * bits % 32, up = 31 - shift;
+#pragma omp simd
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const uint32_t x = lane[v][r];
+      const uint32_t field = (x & 0xffu) | (x >> 8 & 0xffu) << bits | (x >> 16 & 0xffu) << (2 * bits) | x >> 24 << (3 * bits);
+      word[first][r] |= field << shift;
+      word[first + 1][r] |= field >> 1 >> up;
+    }
+  }
+}
+
 // Byte vectors -> bit planes.
 BITSMITH_CLONES inline void planes(const uint32_t (*lane)[ROWS], int32_t bits, uint32_t* to) {
   int below = 0;
@@ -54,32 +69,30 @@ BITSMITH_CLONES inline void planes(const uint32_t (*lane)[ROWS], int32_t bits, u
   }
 }
 
-// The blocks of rows 16 nb .. 16 nb + count - 1; rows and inputs beyond n and k are zeros.
-inline void row_block(const Stream& from, int64_t count, int64_t k, int32_t bits, uint8_t* out) {
-  const int64_t words = (k * bits + 31) / 32, k_blocks = (k + BLOCK - 1) / BLOCK;
-  for (int64_t kb = 0; kb < k_blocks; ++kb) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(out + kb * 64 * bits);
-    uint32_t word[9][ROWS] = {};
-    const bool whole = (kb + 1) * BLOCK <= k && count == ROWS;
-    const int64_t have = std::min<int64_t>(bits, words - kb * bits);
-    const uint32_t* first = from.words + kb * bits * from.word_stride;
-    if (from.row_stride == 1) {  // GPTQ's own order
-      for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, static_cast<size_t>(count) * 4);
-    } else {
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t i = 0; i < have; ++i) word[i][r] = first[r * from.row_stride + i * from.word_stride];
-    }
-    if (whole && bits == 8) {
-      std::memcpy(to, word, 8 * ROWS * 4);
-    } else if (whole && bits == 4) {
-      nibbles(word[0], to);
-    } else {
-      uint32_t lane[8][ROWS];
-      lanes(word, bits, lane);
-      for (int64_t i = k - kb * BLOCK; !whole && i < BLOCK; ++i)
-        for (int64_t r = 0; r < ROWS; ++r) lane[i / 4][r] &= ~(0xffu << (8 * (i % 4)));
-      planes(lane, bits, to);
-    }
+// Block kb of 16 rows, of which `count` there are; rows and inputs beyond n and k are zeros.
+inline void block(const Stream& from, int64_t kb, int64_t count, int64_t k, int32_t bits, uint8_t* out) {
+  const int64_t words = (k * bits + 31) / 32;
+  uint32_t* to = reinterpret_cast<uint32_t*>(out);
+  uint32_t word[9][ROWS] = {};
+  const bool whole = (kb + 1) * BLOCK <= k && count == ROWS;
+  const int64_t have = std::min<int64_t>(bits, words - kb * bits);
+  const uint32_t* first = from.words + kb * bits * from.word_stride;
+  if (from.row_stride == 1) {  // GPTQ's own order
+    for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, static_cast<size_t>(count) * 4);
+  } else {
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t i = 0; i < have; ++i) word[i][r] = first[r * from.row_stride + i * from.word_stride];
+  }
+  if (whole && bits == 8) {
+    std::memcpy(to, word, 8 * ROWS * 4);
+  } else if (whole && bits == 4) {
+    nibbles(word[0], to);
+  } else {
+    uint32_t lane[8][ROWS];
+    lanes(word, bits, lane);
+    for (int64_t i = k - kb * BLOCK; !whole && i < BLOCK; ++i)
+      for (int64_t r = 0; r < ROWS; ++r) lane[i / 4][r] &= ~(0xffu << (8 * (i % 4)));
+    planes(lane, bits, to);
   }
 }
 
