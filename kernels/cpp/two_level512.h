@@ -1,5 +1,5 @@
 // The products of two_level.h with AVX-512's dot products: four inputs at once into 32 bits, then the integer scale. The sums are those of
-// `two_level::rows`, exactly. Up to 8 rows unpack codes into registers (5632 x 2048 of Q4_K, 8 rows, Zen 5: 0.38 ms, by way of memory 0.56),
+// `two_level::rows`, exactly. Up to 8 rows unpack codes into registers (5632 x 2048 of Q4_K, 8 rows, Zen 4: 0.38 ms, by way of memory 0.56),
 // more rows unpack them once for all.
 #pragma once
 #include "avx512.h"
