@@ -13,7 +13,7 @@ otherwise be another model's: `form` of a norm says which of the three in use it
 
 One launch on a GPU; on a CPU one call of the native library (native_layer.py) in bfloat16, and the torch twins below
 otherwise, which are the oracle of both; BITSMITH_KERNELS (paths.py) forces one of the three. Left out: LayerNorm, exact
-(erf) GELU, the residual's sum (results/LOG.md), gradients.
+(erf) GELU, the residual's sum (recorded steps bind torch's own: native_layer.py), gradients.
 """
 
 from collections.abc import Iterator, Sequence

@@ -107,14 +107,15 @@ ops.BINDS[torch.ops.aten.add.Tensor] = _add_call
 
 
 def scatters(part: Tensor, x: Tensor, slots: Tensor) -> bool:
-    """Whether `scatter` takes them: on the CPU, one dtype, rows dense."""
+    """Whether `scatter` takes them: on the CPU, one dtype, rows dense, slots int64."""
     return (
         native_allowed()
         and _library() is not None
         and part.is_cpu
         and part.dtype is x.dtype
-        and part[0].is_contiguous()
-        and x[0].is_contiguous()
+        and part[:1].is_contiguous()
+        and x[:1].is_contiguous()
+        and slots.dtype is torch.int64
         and slots.is_contiguous()
     )
 

@@ -194,6 +194,14 @@ def test_a_row_does_not_depend_on_its_neighbours(text: str) -> None:
                 assert torch.equal(product(x[:m].contiguous(), path), alone[:m])
 
 
+@pytest.mark.parametrize("text", ["affine4.g128.sym", "affine8.g32.sym", "affine4.g32.asym"])
+def test_more_rows_than_a_cache_holds(text: str) -> None:
+    """1 MB of activations goes through a product at once: the last part ends inside a tile."""
+    product = dispatch.prepare(random_qtensor(text, (40, 4096)), torch.bfloat16)
+    x = torch.randn(603, 4096).bfloat16()
+    assert torch.equal(product(x), torch.cat([product(piece) for piece in x.split(201)]))
+
+
 def test_exact_never_rounds_activations() -> None:
     q = random_qtensor("affine4.g128.asym", (64, 256))
     x = torch.randn(3, 256)

@@ -62,6 +62,14 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return float((y.double() - x.double() @ weight.double().T).norm() / terms.norm())
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_XS"])
+def test_more_rows_than_a_cache_holds(name: str) -> None:
+    """1 MB of activations goes through a product at once: the last part ends inside a tile."""
+    product = pack(random_qtensor(name, (40, 4096)))
+    x = torch.randn(603, 4096)
+    assert torch.equal(product(x), torch.cat([product(piece) for piece in x.split(201)]))
+
+
 @pytest.mark.parametrize("path", native_paths())
 @pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES + GRIDS, SHAPES)))
 def test_products(name: str, shape: tuple[int, int], path: str) -> None:

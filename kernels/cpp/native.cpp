@@ -182,20 +182,26 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-// Rounds m rows of activations (and makes tiles of them), then rows(activations, nb) for each block of 16 outputs.
+// Parts of the rows one after the other: rounds their activations (and makes tiles of them), then rows(activations, nb, y of the part) for
+// each block of 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), bool tiles,
-                       const void* x, int32_t x_dtype, int64_t m, int32_t threads, const Rows& rows) {
+                       const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
-  two_level::shape(w, m, in);
-  pool().run(m, m * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, x, x_dtype, row, in); });
-  if (tiles && m > TILE) interleave_tiles(in.q, in.stride, m, w.k, threads, in.tiles);
-  const int64_t count = w.row_blocks();
-  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-  pool().run(tasks, threads, [&](int64_t task) {
-    for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(in, nb);
-  });
+  const int64_t step = together(m, w.k), count = w.row_blocks();
+  for (int64_t first = 0; first < m; first += step) {
+    const int64_t part = std::min(step, m - first);
+    const void* from = row_of(x, first * w.k, x_dtype);
+    void* to = row_of(y, first * w.n, y_dtype);
+    two_level::shape(w, part, in);
+    pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
+    if (tiles && part > TILE) interleave_tiles(in.q, in.stride, part, w.k, threads, in.tiles);
+    const int64_t share = std::max<int64_t>(1, count / ((part <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
+    pool().run(tasks, threads, [&](int64_t task) {
+      for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(in, nb, to);
+    });
+  }
 }
 
 }  // namespace
@@ -298,12 +304,8 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  const int64_t step = together(m, w.k);
-  for (int64_t first = 0; first < m; first += step) {
-    void* to = row_of(y, first * w.n, y_dtype);
-    two_level_product(w, prepare, tiles, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), threads,
-                      [&](const two_level::Input& in, int64_t nb) { rows(w, in, nb, to, y_dtype); });
-  }
+  two_level_product(w, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
 // bitsmith_linear for weights of grids.h; path as in bitsmith_two_level_linear.
@@ -321,7 +323,8 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   // Activations depend on the weight's size alone.
   two_level::Weight size{};
   size.n = w.n, size.k = w.k;
-  two_level_product(size, prepare, false, x, x_dtype, m, threads, [=](const two_level::Input& in, int64_t nb) { grids::rows(w, in, chunk, nb, y, y_dtype); });
+  two_level_product(size, prepare, false, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { grids::rows(w, in, chunk, nb, to, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
