@@ -121,9 +121,8 @@ def _tune(device: Any, shapes: list[tuple[int, int]], rows: list[int], specs: li
         )
     gpu = torch.cuda.get_device_name(device)
     path = tune.default_path(gpu)
-    # A row is found by family and bits: of several specs that share both, the first is measured.
-    distinct = {(s.family, s.bits): s for s in reversed([Spec.parse(text) for text in specs]) if not s.act}
-    for spec in distinct.values():
+    # What is around the product is in no kernel: specs that differ in nothing else share their rows.
+    for spec in dict.fromkeys(Spec.parse(text).as_compiled() for text in specs):
         for shape in shapes:
             product = CudaMatmul(random_weight(spec, shape, device), half_dtype(device))
             found = tune.tune([product], rows, told=lambda row: note(f"{row['kernel']} {row['us']} us: {row}"))

@@ -141,8 +141,7 @@ parse = cache(Spec.parse)
 @cache
 def chosen(spec: str, shape: tuple[int, int], rows: int, device: torch.device) -> Plan:
     """The measured plan for `device` where there is one (plans.py), else `plan`'s; remembered."""
-    found = parse(spec)
-    measured = tuned(gpu_name(device), (found.family, found.bits, *shape), rows) if device.type == "cuda" else None
+    measured = tuned(gpu_name(device), (spec, *shape), rows) if device.type == "cuda" else None
     return measured or plan(rows, shape, *_device(device))
 
 

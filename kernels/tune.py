@@ -118,8 +118,7 @@ def tune(
             ]
             best = min(candidates, key=lambda each: each.us)
             row = {
-                "family": packed.spec.family,
-                "bits": packed.spec.bits,
+                "spec": str(packed.spec),
                 "n": packed.shape[0],
                 "k": packed.shape[1],
                 "m": m,
@@ -175,4 +174,4 @@ def write(path: Path, gpu: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["family"], row["bits"], row["n"], row["k"], row["m"]
+    return row["spec"], row["n"], row["k"], row["m"]
