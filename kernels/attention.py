@@ -87,7 +87,7 @@ def paged_attention(
     """
     memo = {} if memo is None else memo
     out, grouped = None, 0
-    if num_decode and _native(q, cache_k, cache_v):
+    if num_decode and native(q, cache_k, cache_v):
         table, lengths = block_table[:num_decode], context_len[:num_decode]
         more = None if sinks is None else sinks.float()
         rows = q[:num_decode]
@@ -117,8 +117,9 @@ def paged_attention(
     return out
 
 
-def _native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
-    """Whether the native library reads this cache: one part of bfloat16 each, heads of up to LARGEST_KEY_DIM."""
+def native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
+    """Whether the native library runs decode rows over this cache: one part of bfloat16 each, LARGEST_KEY_DIM numbers
+    a head at most."""
     plain = len(cache_k) == 1 and q.shape[-1] == cache_k[0].shape[-1] <= native_layer.LARGEST_KEY_DIM
     return plain and native_layer.usable(q, cache_k[0], cache_v[0])
 
