@@ -167,7 +167,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         print((head if not i else " " * len(head)) + versus, flush=True)
 
 
-def record(args: argparse.Namespace, table: Any, most: Any, metric: str, said: dict[str, str], seconds: float) -> None:
+def record(args: argparse.Namespace, table: Any, most: Any, metric: str, said: dict[str, Any], seconds: float) -> None:
     """One row of results: microseconds of the first case, all else in its detail. said: model, spec, kv and task."""
     from ..eval.kernel_speed import OURS, detail
     from ..eval.results import FILE_NAME, Result, append, default_dir, here
