@@ -72,6 +72,7 @@ def test_fp8_dots_are_launched_where_they_exist() -> None:
         ("sm_89", "scaled", "minifloat8.e4m3.channel.f32", r"mma\.sync\S*\.f32\.e4m3\.e4m3\.f32"),
         ("sm_90", "scaled", "minifloat8.e4m3.channel.f32", r"wgmma\S*\.f32\.e4m3\.e4m3"),
         ("sm_100", "scaled_mx", "minifloat8.e4m3.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale"),
+        ("sm_100", "scaled_mx", "minifloat4.e2m1.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale"),
     ],
 )
 def test_native_dots_are_native(target: str, kernel: str, spec: str, instruction: str) -> None:
