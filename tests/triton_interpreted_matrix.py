@@ -28,7 +28,9 @@ def _module(name: str) -> Any:
     return module
 
 
-families, ops = _module("triton_interpreted_families"), _module("triton_interpreted_ops")
+families, ops, natives = map(
+    _module, ("triton_interpreted_families", "triton_interpreted_ops", "triton_interpreted_scaled")
+)
 helpers = families.helpers
 _poison = families._poison
 
@@ -58,7 +60,8 @@ FORMS: dict[str, Callable[[str, tuple[int, int]], QTensor]] = {
     "codebook15.iq2xxs.v8.g32": lambda text, shape: families.random_grid("iq2xxs", shape, "f16"),
     "trellis3.mcg": families.trellises.random_trellis,
 }
-TEMPLATES = {"gemv": 3, "gemm": 17, "dequant": 65}
+# By rows: tiles of 128, 32, 64 and 64 inputs.
+TEMPLATES = {1: "gemv", 8: "gemv", 17: "gemm", 65: "dequant"}
 
 
 def assert_near(found: Tensor, wanted: Tensor) -> None:
@@ -78,13 +81,13 @@ def test_decode_and_products(text: str, shape: tuple[int, int], dtype: torch.dty
     q = FORMS[text](text, shape)
     families.check_decode(q)
     product = helpers.poisoned(CudaMatmul(q, dtype))
-    for template, rows in TEMPLATES.items():
+    for rows, template in TEMPLATES.items():
         assert cuda.plan(rows, shape).kernel == template
         x = transposed(rows, shape[1], dtype)
         assert_near(product(x), x.double() @ q.dequantize().double().T)
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", ["gemv", "gemm", "dequant"])
 @pytest.mark.parametrize("text", FORMS)
 def test_experts(text: str, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three experts, of which one gets most rows and one none; pairs of two share a row. A trellis of half a tile takes
@@ -120,11 +123,13 @@ def check_experts(tensors: list[QTensor], experts: Tensor, dtype: torch.dtype = 
         ("affine8.g32.sym", (1, 33)),
         ("minifloat8.e4m3.channel.f32", (1, 1)),
         ("minifloat8.e4m3.g128x128.f32", (129, 1)),
+        pytest.param("minifloat8.e4m3.g32.e8m0", (1, 32), marks=natives.no_dot_scaled),
+        pytest.param("minifloat4.e2m1.g32.e8m0", (1, 32), marks=natives.no_dot_scaled),
     ],
 )
 def test_native_dots(text: str, shape: tuple[int, int], rows: int) -> None:
     q = helpers.random_qtensor(text, shape)
     x = transposed(rows, shape[1], torch.float32)
-    found = scaled.prepare(q, torch.float32)(x)
+    found = natives.poisoned(scaled.prepare(q, torch.float32))(x)
     wanted = activation.rounded(x, q.spec).double() @ q.dequantize().double().T
     assert found.shape == wanted.shape and (found.double() - wanted).norm() <= 2e-6 * wanted.norm()
