@@ -90,8 +90,8 @@ def test_decode_and_products(text: str, shape: tuple[int, int], dtype: torch.dty
 @pytest.mark.parametrize("template", ["gemv", "gemm", "dequant"])
 @pytest.mark.parametrize("text", FORMS)
 def test_experts(text: str, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three experts, of which one gets most rows and one none; pairs of two share a row. A trellis of half a tile takes
-    a step around the product, so that its experts stay apart."""
+    """Three experts, of which one gets most rows and one none; pairs of two share a row. A trellis has whole tiles:
+    padding, like a step around the product, keeps experts apart."""
     pairs = 6 if template == "gemv" else 24
     if template == "dequant":
         monkeypatch.setattr(grouped, "_DOT_ROWS", 4)
