@@ -246,12 +246,12 @@ def codec_cases(name: str, codec: str, dtypes: Sequence[torch.dtype], target: Ta
     for dims in AOT_DIMS:
         for decode in (True, False):
             yield _attend_case(f"kv.{name}.d{dims[0]}", parts, codec, Heads(4, *dims), decode, decode, target)
-    heads = Heads(4, 128, 128)
+    heads, masks = Heads(4, 128, 128), (4096, 50.0, True)
     for decode in (True, False):
         spec = f"kv.{name}.d128." + ("whole" if decode else "split")
         yield _attend_case(spec, parts, codec, heads, decode, not decode, target)
-        spec, masks = f"kv.{name}.d128.window.softcap.sinks", {"window": 4096, "softcap": 50.0, "sinks": True}
-        yield _attend_case(spec, parts, codec, heads, decode, decode, target, **masks)
+        spec = f"kv.{name}.d128.window.softcap.sinks"
+        yield _attend_case(spec, parts, codec, heads, decode, decode, target, *masks)
     for key_dim, value_dim in ((128, 128), (576, 512)):
         yield _store_case(f"kv.{name}.d{key_dim}", parts, codec, key_dim, value_dim, target)
 
