@@ -93,7 +93,7 @@ SPECS = (
 HALF = {
     "affine4.g128.asym",
     "minifloat8.e4m3.channel.f32",
-    "codebook4.nf4.g64.f32",
+    "codebook4.nf4.g64.u8:f32:256",
     "trellis3.mcg",
     "affine8.channel.sym",
     "llama",
