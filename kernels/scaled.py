@@ -22,7 +22,8 @@ gfx942's E4M3 is another format.
 int8 products are exact. FP8 products are added in float32 every BK inputs: Hopper's tensor cores keep 14 bits of a sum.
 Left out: `torch._scaled_mm` and `_int_mm` for many rows; 4-bit weights times int8 (decoded); MXFP8 on sm_120; FP4
 activations. NVFP4 on both sides would need them: Triton 3.6 to 3.9 compile `tl.dot_scaled` of E2M1 by E2M1 with E4M3
-scales of 16 to kind::mxf4nvf4 on sm_100, sm_103 and sm_120.
+scales of 16 to kind::mxf4nvf4 on sm_100, sm_103 and sm_120. (Of E4M3 by E2M1 with such scales they make kind::mxf8f6f4
+without a word, which reads scales as E8M0 of 32.)
 """
 
 from collections.abc import Iterator, Sequence
