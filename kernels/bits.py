@@ -56,6 +56,12 @@ def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
     return packed.view(torch.int32)
 
 
+def row_bytes(packed: Tensor) -> Tensor:
+    """int32 [R, W] of any strides -> uint8 [R, 4 * W], contiguous."""
+    # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
+    return packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+
+
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [R, words(columns, bits)] -> [R, columns], uint8 up to 8 bits, else int32: the inverse of `pack`."""
     # A byte a code is a view.
@@ -68,8 +74,7 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 def unpack_twin(packed: Tensor, bits: int, columns: int) -> Tensor:
     """`unpack` by torch's operators."""
     if bits in (1, 2, 4, 8):
-        # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
-        lanes = packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+        lanes = row_bytes(packed)
         if bits < 8:
             mask = (1 << bits) - 1
             lanes = torch.stack([(lanes >> (i * bits)) & mask for i in range(8 // bits)], -1).flatten(1)
