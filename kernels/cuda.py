@@ -259,8 +259,11 @@ KERNELS = (("gemv", 1), ("gemv", 8), ("gemm", 16), ("dequant", 128))
 
 
 def aot_cases(target: Target, weights: Sequence[Weight], shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
-    """Every template and weight, those too that only a measured table would choose there: a GPU older than sm_80 is
-    compiled gemm, a newer one gemv of 8 rows."""
+    """Every template and weight, those too that only a measured table would choose there (a GPU older than sm_80 is
+    compiled gemm, a newer one gemv of 8 rows), and the sum of a split."""
+    types = {"partial": "*fp32", "y": f"*{target.dtype}", "S": "i32", "SIZE": "i32"}
+    sizes, options = {"BLOCK": _SUM_BLOCK}, {"num_warps": 4, **EXACT}
+    yield Case("split_sum", 1, "", "matmul", matmul.split_sum, types, sizes, options, target.dtype)
     for weight in weights:
         for kernel, rows in KERNELS:
             how = plan_of(kernel, rows, shape)
