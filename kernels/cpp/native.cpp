@@ -7,6 +7,7 @@
 #include "avx512.h"
 #include "blocks.h"
 #include "chain.h"
+#include "chunk512.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
@@ -434,6 +435,40 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
 #endif
     layer::attend(a, row, kv, first, count, scratch.data());
   });
+}
+
+// Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
+BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[maybe_unused]] int64_t value_dim) {
+#if BITSMITH_X86
+  return avx512::supported() && key_dim % 2 == 0 && value_dim % chunk512::LANES == 0;
+#else
+  return 0;
+#endif
+}
+
+// A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+#if BITSMITH_X86
+  const layer::Attention& a = *what;
+  static thread_local std::vector<uint32_t> packed_keys, packed_values;
+  const chunk512::Span span(a);
+  const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;
+  if (static_cast<int64_t>(packed_keys.size()) < a.kv_heads * of_keys) packed_keys.resize(static_cast<size_t>(a.kv_heads * of_keys));
+  if (static_cast<int64_t>(packed_values.size()) < a.kv_heads * of_values) packed_values.resize(static_cast<size_t>(a.kv_heads * of_values));
+  uint32_t *keys = packed_keys.data(), *values = packed_values.data();
+  pool().run(a.kv_heads * parts, threads, [&](int64_t task) {
+    const int64_t kv = task / parts, at = task % parts * chunk512::LANES;
+    chunk512::pack_keys(a, kv, span.first + at, keys + kv * of_keys + at * pairs);
+    chunk512::pack_values(a, kv, span.first + at, values + kv * of_values + at / 2 * a.value_dim);
+  });
+  const int64_t tiles = (a.rows + chunk512::QUERIES - 1) / chunk512::QUERIES, shared = a.heads / a.kv_heads;
+  pool().run(a.heads * tiles, threads, [&](int64_t task) {
+    static thread_local chunk512::State state;
+    // The last queries see most keys: begun first.
+    const int64_t head = task % a.heads, tile = tiles - 1 - task / a.heads;
+    chunk512::attend(a, span, head, tile * chunk512::QUERIES, keys + head / shared * of_keys, values + head / shared * of_values, state);
+  });
+#endif
 }
 
 // What calls one of the library's functions that a step is made of; null for others.
