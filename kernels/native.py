@@ -45,7 +45,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # What bytes of scales are, by their storage's name.
 _BYTES = {"e8m0": 4, "ue4m3": 5}
 # Of native.cpp's functions and structures.
-_ABI = 11
+_ABI = 12
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 _BY_GROUP = {"scales", "zeros", "mins"}

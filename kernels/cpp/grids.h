@@ -10,6 +10,8 @@ using two_level::Input;
 using two_level::SUPER;
 // Inputs that share a scale at the least, and the eights of a chunk.
 constexpr int64_t UNIT = 16, OCTETS = CHUNK / 8;
+// What makes bytes without a sign of numbers.
+constexpr int32_t BIAS = 128;
 
 // Mirrored by kernels/native_grids.py; only pointers, int64, float and int32 in this order.
 struct Weight {
@@ -19,6 +21,8 @@ struct Weight {
   const uint16_t* supers;    // float16 [n][k / 256]
   const int8_t* vectors;     // [2^index_bits][8 / indices], none of them 0
   const uint8_t* signs;      // [2^sign_bits][8], 0 or 255; or null
+  const uint16_t* places;    // of grids512.h: [2^index_bits], for each number of a vector, lowest bits first, its place in `levels`
+  const uint8_t* levels;     // of grids512.h: [64] numbers plus 128, without the shift
   int64_t n, k;              // k a multiple of 256
   int64_t words, scale_words;
   float unit;                // of the scale

@@ -1,0 +1,194 @@
+// The products of grids.h with AVX-512. A super block of 16 outputs becomes bytes in the order of two_level512.h, whose products they then
+// are; codes of 16 rows, not their numbers, are brought side by side. Sums are those of `grids::rows`, exactly.
+#pragma once
+#include <array>
+
+#include "grids.h"
+#include "two_level512.h"
+
+#if BITSMITH_X86
+namespace bitsmith::grids::wide {
+
+namespace scaled = two_level::wide;
+using two_level::wide::Scales;
+using Bytes = std::array<uint8_t, 64>;
+
+BITSMITH_512_INLINE __m512i load(const Bytes& bytes) { return _mm512_loadu_si512(bytes.data()); }
+
+template <class F>
+constexpr Bytes bytes_of(F f) {
+  Bytes out{};
+  for (int i = 0; i < 64; ++i) out[static_cast<size_t>(i)] = static_cast<uint8_t>(f(i));
+  return out;
+}
+
+// What is known when compiling: kernels/spec.py's GridCode.
+template <int INDEX_BITS_, int INDICES_, int SIGNS_, int GROUP_, int SCALE_BITS_, bool GROUP_SHIFT_ = false>
+struct Form {
+  static constexpr int INDEX_BITS = INDEX_BITS_, INDICES = INDICES_, SIGNS = SIGNS_, GROUP = GROUP_, SCALE_BITS = SCALE_BITS_;
+  static constexpr bool GROUP_SHIFT = GROUP_SHIFT_, SHIFT = SIGNS == 0;
+  // Where signs, or the shift, begin; bits of a code; of a number's place in `levels`.
+  static constexpr int PLACE = INDEX_BITS * INDICES, WIDTH = PLACE + (SHIFT && !GROUP_SHIFT ? 1 : SIGNS), LEVEL_BITS = INDICES == 2 ? 3 : 2;
+};
+
+// v[i] lane j <-> v[j] lane i.
+BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+      v[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+    }
+  // v[4 q + c], 128 bits p: rows 4 q .. of column 4 p + c.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x44), b = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xee), e = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xee);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[c + 4] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[c + 8] = _mm512_shuffle_i32x4(d, e, 0x88), t[c + 12] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// 16 codes, which are whole bytes together, in a lane each.
+template <class F>
+BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
+  static constexpr Bytes FROM = bytes_of([](int i) { return i / 4 * F::WIDTH / 8 + i % 4; });
+  static constexpr Bytes DOWN = bytes_of([](int i) { return i % 4 ? 0 : i / 4 * F::WIDTH % 8; });
+  constexpr __mmask64 HAVE = (1ull << (2 * F::WIDTH)) - 1;
+  return _mm512_srlv_epi32(_mm512_permutexvar_epi8(load(FROM), _mm512_maskz_loadu_epi8(HAVE, p)), load(DOWN));
+}
+
+// Words of a table of 64 << LEVEL; high: bit 6 of each index, bit 7, ...
+template <int LEVEL>
+BITSMITH_512_INLINE __m512i find(const uint16_t* words, __m512i index, const __mmask32* high) {
+  if constexpr (LEVEL == 0) {
+    return _mm512_permutex2var_epi16(_mm512_loadu_si512(words), index, _mm512_loadu_si512(words + 32));
+  } else {
+    const __m512i low = find<LEVEL - 1>(words, index, high), upper = find<LEVEL - 1>(words + (32 << LEVEL), index, high);
+    return _mm512_mask_blend_epi16(high[LEVEL - 1], low, upper);
+  }
+}
+
+// Levels of two times 8 numbers a lane where codes have one index, of 8 where they have two: in the halves of the lane.
+template <class F>
+BITSMITH_512_INLINE __m512i levels(const Weight& w, __m512i code, __m512i next) {
+  constexpr int LEVEL = F::INDEX_BITS - 6;
+  const __m512i index = _mm512_mask_blend_epi16(0xaaaaaaaa, code, F::INDICES == 1 ? _mm512_slli_epi32(next, 16) : _mm512_slli_epi32(code, 16 - F::INDEX_BITS));
+  __mmask32 high[LEVEL];
+  for (int i = 0; i < LEVEL; ++i) high[i] = _mm512_test_epi16_mask(index, _mm512_set1_epi16(static_cast<int16_t>(64 << i)));
+  return find<LEVEL>(w.places, index, high);
+}
+
+// Numbers plus 128 of four inputs whose levels begin at bit AT of their lane.
+template <class F, int AT>
+BITSMITH_512_INLINE __m512i numbers(__m512i levels, __m512i table) {
+  static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + AT + i % 4 * F::LEVEL_BITS; });
+  return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(load(FROM), levels), table);
+}
+
+// The byte of 8 signs of 7, of which the last makes their number even.
+constexpr uint8_t even(int bits) { return static_cast<uint8_t>(bits | (bits ^ bits >> 1 ^ bits >> 2 ^ bits >> 3 ^ bits >> 4 ^ bits >> 5 ^ bits >> 6) << 7); }
+
+// `numbers` with the signs of inputs 4 QUAD .. of a code.
+template <class F, int QUAD>
+BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
+  // Each byte's own bit at its top. 128 + v and 128 - v are opposite bytes.
+  static constexpr Bytes FROM = bytes_of([](int i) { return (i % 8 / 4 * 32 + F::PLACE / 8 * 8 + (F::SIGNS == 8 ? F::PLACE % 8 : 0) + 4 * QUAD + i % 4 + 57) % 64; });
+  const __mmask64 negative = _mm512_movepi8_mask(_mm512_multishift_epi64_epi8(load(FROM), signs));
+  return _mm512_mask_sub_epi8(numbers, negative, _mm512_setzero_si512(), numbers);
+}
+
+template <class F>
+BITSMITH_512_INLINE __m512i signs_of(__m512i code) {
+  if constexpr (F::SIGNS != 7) return code;
+  static constexpr Bytes LOW = bytes_of([](int i) { return even(i); }), HIGH = bytes_of([](int i) { return even(i + 64); });
+  return _mm512_permutex2var_epi8(load(LOW), _mm512_srli_epi32(code, F::PLACE % 8), load(HIGH));
+}
+
+// Eight numbers of 16 rows, plus 128: two vectors of bytes. shift: what is added to them.
+template <class F, int AT>
+BITSMITH_512_INLINE void store_octet(__m512i levels, __m512i table, __m512i code, __m512i shift, uint8_t* to) {
+  __m512i v[2] = {numbers<F, AT>(levels, table), numbers<F, AT + (F::INDICES == 2 ? 16 : 8)>(levels, table)};
+  if constexpr (F::SHIFT) {
+    for (auto& one : v) one = _mm512_add_epi8(one, shift);
+  } else {
+    const __m512i signs = signs_of<F>(code);
+    v[0] = with_signs<F, 0>(v[0], signs), v[1] = with_signs<F, 1>(v[1], signs);
+  }
+  for (int i = 0; i < 2; ++i) _mm512_store_si512(to + 64 * i, v[i]);
+}
+
+// Plus or minus one where a bit is clear or set.
+BITSMITH_512_INLINE __m512i shift_of(__m512i from, int32_t bit) {
+  return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(from, _mm512_set1_epi32(bit)), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
+}
+
+// Super block s of 16 outputs: their numbers plus 128, the scales of their groups.
+template <class F>
+BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Scales& by) {
+  constexpr int64_t GROUPS = SUPER / F::GROUP;
+  alignas(64) uint32_t lane[GROUPS / 8][ROWS] = {};
+  const uint8_t* row[ROWS];
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const int64_t at = std::min(nb * ROWS + r, w.n - 1);
+    row[r] = reinterpret_cast<const uint8_t*>(w.codes + at * w.words) + s * 32 * F::WIDTH / 8;
+    const uint8_t* scales = reinterpret_cast<const uint8_t*>(w.scales + at * w.scale_words) + s * GROUPS * F::SCALE_BITS / 8;
+    for (int64_t i = 0; i < GROUPS / 8; ++i) std::memcpy(&lane[i][r], scales + i * F::SCALE_BITS, F::SCALE_BITS);
+  }
+  const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(w.scale_mask);
+  __m512i shift[GROUPS];
+  for (int64_t g = 0; g < GROUPS; ++g) {
+    const __m512i code = _mm512_srli_epi32(_mm512_load_si512(lane[g / 8]), static_cast<uint32_t>(g % 8 * F::SCALE_BITS));
+    by.scale[g] = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(code, mask), 1), _mm512_set1_epi32(1));
+    if constexpr (F::GROUP_SHIFT) shift[g] = shift_of(code, w.scale_mask + 1);
+  }
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512i code[16];
+    for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(row[r] + half * 2 * F::WIDTH);
+    transpose(code);
+    for (int64_t o = 0; o < 16; o += 2, to += 4 * 64) {
+      __m512i add[2] = {};
+      for (int64_t i = 0; F::SHIFT && i < 2; ++i) add[i] = F::GROUP_SHIFT ? shift[(half * 16 + o) * 8 / F::GROUP] : shift_of(code[o + i], 1 << F::PLACE);
+      const __m512i found = levels<F>(w, code[o], code[o + 1]);
+      store_octet<F, 0>(found, table, code[o], add[0], to);
+      if constexpr (F::INDICES == 1) store_octet<F, 16>(found, table, code[o + 1], add[1], to + 128);
+      else store_octet<F, 0>(levels<F>(w, code[o + 1], code[o + 1]), table, code[o + 1], add[1], to + 128);
+    }
+  }
+}
+
+using Decode = void (*)(const Weight&, int64_t, int64_t, uint8_t*, Scales&);
+inline Decode decode_of(const Weight& w) {
+  switch (w.width) {
+    case 11: return decode<Form<11, 1, 0, 32, 4, true>>;
+    case 12: return decode<Form<11, 1, 0, 16, 3>>;
+    case 15: return decode<Form<8, 1, 7, 32, 4>>;
+    case 16: return decode<Form<9, 1, 7, 16, 4>>;
+    case 18: return decode<Form<10, 1, 8, 16, 4>>;
+    case 23: return decode<Form<8, 2, 7, 32, 4>>;
+    default: return decode<Form<9, 2, 8, 32, 4>>;
+  }
+}
+
+// 16 outputs, all rows of activations. by: the weight as two_level512.h sees it, its codes numbers plus 128.
+template <int GROUP>
+BITSMITH_512 void rows(const Weight& w, const two_level::Weight& as, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  static thread_local std::vector<float> totals;
+  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
+  alignas(64) uint8_t codes[SUPER * ROWS];
+  const Decode decode = wide::decode_of(w);
+  const int64_t supers = w.k / SUPER;
+  Scales by;
+  for (int64_t s = 0; s < supers; ++s) {
+    decode(w, nb, s, codes, by);
+    uint16_t super[ROWS];
+    for (int64_t r = 0; r < ROWS; ++r) super[r] = w.supers[std::min(nb * ROWS + r, w.n - 1) * supers + s];
+    const __m512 d = _mm512_mul_ps(avx512::load16(super, 0, F16), _mm512_set1_ps(w.unit)), none = _mm512_setzero_ps();
+    scaled::super_block<8, GROUP, false>(as, x, codes, codes, by, _mm512_setzero_si512(), d, none, s, totals.data());
+  }
+  for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals.data() + m * ROWS), w.n - nb * ROWS);
+}
+
+}  // namespace bitsmith::grids::wide
+#endif
