@@ -93,16 +93,16 @@ BITSMITH_512_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
     }
   }
   for (int m = 0; m < MR; ++m) {
-    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), d);
-    if (w.mins) {
-      const int16_t* sums = x.group_sums.data() + group + m * groups;
-      __m512i low = _mm512_setzero_si512();
-      for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
-      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, value);
-    }
     float* to = total + (m0 + m) * ROWS;
-    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, step, _mm512_loadu_ps(to)));
+    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]), all = _mm512_loadu_ps(to), whole = _mm512_cvtepi32_ps(dot[m]);
+    if (!w.mins) {
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_mul_ps(d, step), all));
+      continue;
+    }
+    const int16_t* sums = x.group_sums.data() + group + m * groups;
+    __m512i low = _mm512_setzero_si512();
+    for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(whole, d)), step, all));
   }
 }
 
