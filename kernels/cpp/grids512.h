@@ -9,7 +9,6 @@
 #if BITSMITH_X86
 namespace bitsmith::grids::wide {
 
-namespace scaled = two_level::wide;
 using two_level::wide::Scales;
 using Bytes = std::array<uint8_t, 64>;
 
@@ -21,15 +20,6 @@ constexpr Bytes bytes_of(F f) {
   for (int i = 0; i < 64; ++i) out[static_cast<size_t>(i)] = static_cast<uint8_t>(f(i));
   return out;
 }
-
-// What is known when compiling: kernels/spec.py's GridCode.
-template <int INDEX_BITS_, int INDICES_, int SIGNS_, int GROUP_, int SCALE_BITS_, bool GROUP_SHIFT_ = false>
-struct Form {
-  static constexpr int INDEX_BITS = INDEX_BITS_, INDICES = INDICES_, SIGNS = SIGNS_, GROUP = GROUP_, SCALE_BITS = SCALE_BITS_;
-  static constexpr bool GROUP_SHIFT = GROUP_SHIFT_, SHIFT = SIGNS == 0;
-  // Where signs, or the shift, begin; bits of a code; of a number's place in `levels`.
-  static constexpr int PLACE = INDEX_BITS * INDICES, WIDTH = PLACE + (SHIFT && !GROUP_SHIFT ? 1 : SIGNS), LEVEL_BITS = INDICES == 2 ? 3 : 2;
-};
 
 // v[i] lane j <-> v[j] lane i.
 BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
@@ -80,10 +70,14 @@ BITSMITH_512_INLINE __m512i levels(const Weight& w, __m512i code, __m512i next) 
   return find<LEVEL>(w.places, index, high);
 }
 
+// Bits of a number's place in `levels`.
+template <class F>
+constexpr int LEVEL_BITS = F::INDICES == 2 ? 3 : 2;
+
 // Numbers plus 128 of four inputs whose levels begin at bit AT of their lane.
 template <class F, int AT>
 BITSMITH_512_INLINE __m512i numbers(__m512i levels, __m512i table) {
-  static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + AT + i % 4 * F::LEVEL_BITS; });
+  static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + AT + i % 4 * LEVEL_BITS<F>; });
   return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(load(FROM), levels), table);
 }
 
@@ -133,16 +127,15 @@ BITSMITH_512_INLINE void ahead(const uint8_t* p, int64_t size) {
 // Super block s of 16 outputs: their numbers plus 128, the scales of their groups.
 template <class F>
 BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Scales& by) {
-  constexpr int64_t GROUPS = SUPER / F::GROUP;
+  constexpr int64_t GROUPS = F::GROUPS;
   alignas(64) uint32_t lane[GROUPS / 8][ROWS] = {};
-  const uint8_t* row[ROWS];
+  const uint8_t* codes[ROWS];
   for (int64_t r = 0; r < ROWS; ++r) {
-    const int64_t at = std::min(nb * ROWS + r, w.n - 1);
-    row[r] = reinterpret_cast<const uint8_t*>(w.codes + at * w.words) + s * 32 * F::WIDTH / 8;
-    const uint8_t* scales = reinterpret_cast<const uint8_t*>(w.scales + at * w.scale_words) + s * GROUPS * F::SCALE_BITS / 8;
-    ahead(row[r] + ROWS * 4 * w.words, 4 * F::WIDTH);
-    ahead(scales + ROWS * 4 * w.scale_words, 1);
-    for (int64_t i = 0; i < GROUPS / 8; ++i) std::memcpy(&lane[i][r], scales + i * F::SCALE_BITS, F::SCALE_BITS);
+    const Row row = row_at<F>(w, nb, r, s);
+    codes[r] = row.codes;
+    ahead(row.codes + ROWS * 4 * w.words, 4 * F::WIDTH);
+    ahead(row.scales + ROWS * 4 * w.scale_words, 1);
+    for (int64_t i = 0; i < GROUPS / 8; ++i) std::memcpy(&lane[i][r], row.scales + i * F::SCALE_BITS, F::SCALE_BITS);
   }
   const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(w.scale_mask);
   __m512i shift[GROUPS];
@@ -153,7 +146,7 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Sc
   }
   for (int64_t half = 0; half < 2; ++half) {
     __m512i code[16];
-    for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(row[r] + half * 2 * F::WIDTH);
+    for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(codes[r] + half * 2 * F::WIDTH);
     transpose(code);
     for (int64_t o = 0; o < 16; o += 2, to += 4 * 64) {
       __m512i add[2] = {};
@@ -166,36 +159,23 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Sc
   }
 }
 
-using Decode = void (*)(const Weight&, int64_t, int64_t, uint8_t*, Scales&);
-inline Decode decode_of(const Weight& w) {
-  switch (w.width) {
-    case 11: return decode<Form<11, 1, 0, 32, 4, true>>;
-    case 12: return decode<Form<11, 1, 0, 16, 3>>;
-    case 15: return decode<Form<8, 1, 7, 32, 4>>;
-    case 16: return decode<Form<9, 1, 7, 16, 4>>;
-    case 18: return decode<Form<10, 1, 8, 16, 4>>;
-    case 23: return decode<Form<8, 2, 7, 32, 4>>;
-    default: return decode<Form<9, 2, 8, 32, 4>>;
-  }
-}
-
-// 16 outputs, all rows of activations. by: the weight as two_level512.h sees it, its codes numbers plus 128.
-template <int GROUP>
+template <class F>
 BITSMITH_512 void rows(const Weight& w, const two_level::Weight& as, const Input& x, int64_t nb, void* y, int32_t dtype) {
   static thread_local std::vector<float> totals;
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
-  alignas(64) uint8_t codes[SUPER * ROWS];
-  const Decode decode = wide::decode_of(w);
-  const int64_t supers = w.k / SUPER;
+  alignas(64) uint8_t number[SUPER * ROWS];
+  alignas(64) float super[ROWS];
   Scales by;
-  for (int64_t s = 0; s < supers; ++s) {
-    decode(w, nb, s, codes, by);
-    uint16_t super[ROWS];
-    for (int64_t r = 0; r < ROWS; ++r) super[r] = w.supers[std::min(nb * ROWS + r, w.n - 1) * supers + s];
-    const __m512 d = _mm512_mul_ps(avx512::load16(super, 0, F16), _mm512_set1_ps(w.unit)), none = _mm512_setzero_ps();
-    scaled::super_block<8, GROUP, false>(as, x, codes, codes, by, _mm512_setzero_si512(), d, none, s, totals.data());
+  for (int64_t s = 0; s < w.k / SUPER; ++s) {
+    decode<F>(w, nb, s, number, by);
+    for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
+    two_level::wide::super_block<8, F::GROUP, false>(as, x, number, number, by, __m512i{}, _mm512_load_ps(super), __m512{}, s, totals.data());
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals.data() + m * ROWS), w.n - nb * ROWS);
+}
+
+inline Rows rows_of(const Weight& w) {
+  return with_form(w, [](auto form) -> Rows { return rows<decltype(form)>; });
 }
 
 }  // namespace bitsmith::grids::wide

@@ -313,24 +313,21 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                         int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
-  // What activations depend on.
   two_level::Weight as{};
-  as.n = w.n, as.k = w.k, as.group = w.group, as.zero = grids::BIAS;
+  as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
-  auto chunk = grids::chunk;
+  auto rows = grids::rows;
+  bool tiles = false;
 #if BITSMITH_X86
-  if (path != GENERIC && path != AVX2 && avx512::supported()) {
-    const auto rows = w.group == 16 ? grids::wide::rows<16> : grids::wide::rows<32>;
-    return two_level_product(as, two_level::wide::prepare, true, x, x_dtype, m, y, y_dtype, threads,
-                             [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
-  }
   if (path != GENERIC) {
-    prepare = two_level::vectors::prepare;
-    chunk = grids::chunk256;
+    tiles = path != AVX2 && avx512::supported();
+    if (tiles) as.zero = grids::BIAS;
+    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = tiles ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  two_level_product(as, prepare, false, x, x_dtype, m, y, y_dtype, threads,
-                    [=](const two_level::Input& in, int64_t nb, void* to) { grids::rows(w, in, chunk, nb, to, y_dtype); });
+  two_level_product(as, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
