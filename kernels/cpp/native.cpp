@@ -13,6 +13,7 @@
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
+#include "grids512.h"
 #include "layer.h"
 #include "neon.h"
 #include "neon_two_level.h"
@@ -209,7 +210,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 12; }
+BITSMITH_API int32_t bitsmith_abi() { return 13; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -324,19 +325,21 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                         int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
+  two_level::Weight as{};
+  as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
-  auto chunk = grids::chunk;
+  auto rows = grids::rows;
+  bool tiles = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    prepare = two_level::vectors::prepare;
-    chunk = grids::chunk256;
+    tiles = path != AVX2 && avx512::supported();
+    if (tiles) as.zero = grids::BIAS;
+    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = tiles ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  // Activations depend on the weight's size alone.
-  two_level::Weight size{};
-  size.n = w.n, size.k = w.k;
-  two_level_product(size, prepare, false, x, x_dtype, m, y, y_dtype, threads,
-                    [=](const two_level::Input& in, int64_t nb, void* to) { grids::rows(w, in, chunk, nb, to, y_dtype); });
+  two_level_product(as, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
