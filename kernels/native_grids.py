@@ -22,7 +22,7 @@ class _Weight(ctypes.Structure):
     """`grids::Weight` of cpp/grids.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs", "places", "levels")),
         *((name, ctypes.c_int64) for name in ("n", "k", "words", "scale_words")),
         ("unit", ctypes.c_float),
         *(
@@ -75,6 +75,7 @@ def pack(q: QTensor) -> GridLinear:
     spec, table = q.spec, GRIDS[q.spec.table]
     parts = {name: part.contiguous() for name, part in q.parts.items()}
     vectors, signs, step = _tables(spec.table)
+    places, levels = _levels(spec.table, step)
     weight = _Weight(
         n=q.shape[0], k=q.shape[1], words=parts["codes"].shape[1], scale_words=parts["scales"].shape[1],
         unit=table.factor / 2 * step, width=spec.width, index_bits=vectors.shape[0].bit_length() - 1,
@@ -82,8 +83,9 @@ def pack(q: QTensor) -> GridLinear:
         scale_bits=spec.scale_code[0], scale_mask=spec.scale_levels - 1,
         codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
         vectors=vectors.data_ptr(), signs=None if signs is None else signs.data_ptr(),
+        places=places.data_ptr(), levels=levels.data_ptr(),
     )  # fmt: skip
-    held = [*parts.values(), vectors, *([] if signs is None else [signs])]
+    held = [*parts.values(), vectors, places, levels, *([] if signs is None else [signs])]
     return GridLinear(QTensor(spec, q.shape, parts, q.extra), *native.operands(weight, held))
 
 
@@ -100,6 +102,17 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
     plain = grids.vectors(name)
     numbers = torch.cat([plain + grids.SHIFT, plain - grids.SHIFT])
     return (numbers / grids.SHIFT).to(torch.int8), None, grids.SHIFT
+
+
+@cache
+def _levels(name: str, step: float) -> tuple[Tensor, Tensor]:
+    """(int16 [2**bits] by index: places of 8 or 4 numbers, two or three bits each, uint8 [64] by place modulo 4 or 8: the
+    number plus 128), without shifts."""
+    vectors = grids.vectors(name)
+    levels, bits = vectors.unique(), 2 if vectors.shape[1] == 8 else 3
+    places = torch.searchsorted(levels, vectors) << torch.arange(vectors.shape[1]) * bits
+    number = levels[(torch.arange(64) % (1 << bits)).clamp(max=levels.shape[0] - 1)]
+    return places.sum(1).to(torch.int16), (number / step + 128).to(torch.uint8)
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:

@@ -41,10 +41,12 @@ def _library() -> ctypes.CDLL | None:
     lib.bitsmith_gated.argtypes = [p, p, p, size, size, size, size, number, number]
     lib.bitsmith_rope.argtypes = [p, p, p, p, size, size, size, size, size, size, number, number]
     lib.bitsmith_attend.argtypes = [p, number, number]
+    lib.bitsmith_attend_chunk.argtypes = [p, number]
+    lib.bitsmith_chunk_taken.argtypes = [size, size]
     lib.bitsmith_add.argtypes = [p, p, p, size, number]
     lib.bitsmith_scatter.argtypes = [p, size, p, p, size, size, size]
     lib.bitsmith_gather.argtypes = [p, size, size, p, p, size, size]
-    for name in ("norm", "gated", "rope", "attend", "add", "scatter", "gather"):
+    for name in ("norm", "gated", "rope", "attend", "add", "scatter", "gather", "attend_chunk"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -164,16 +166,20 @@ scatter = ops.define(
 )
 
 
-def _attend_call(
+def _attention(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
-) -> ops.Call:  # fmt: skip
-    what = _Attention(
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> _Attention:  # fmt: skip
+    return _Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
         heads=q.shape[1], kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
         block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
     )  # fmt: skip
+
+
+def _attend_call(out: Tensor, *arguments: Any, plain: bool = False) -> ops.Call:
+    what = _attention(out, *arguments)
     return partial(_functions().bitsmith_attend, ctypes.byref(what), torch.get_num_threads(), plain)
 
 
@@ -195,4 +201,26 @@ attend = ops.define(
     _attend,
     _attend_fake,
     lambda results, *arguments, **options: _attend_call(results[0], *arguments, **options),
+)
+
+
+def takes_chunks(k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_chunk` takes caches of these head sizes on this machine. With AMX torch's own attention has the
+    tiles, and the library has none for it."""
+    return native.best_path() == "avx512" and bool(_functions().bitsmith_chunk_taken(k.shape[2], v.shape[2]))
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    what = _attention(out, q, k, v, *more)
+    _functions().bitsmith_attend_chunk(ctypes.byref(what), torch.get_num_threads())
+    return out
+
+
+# The last q.shape[0] tokens of one sequence; otherwise as `attend`: block_table int32 [1, P], context_len int32 [1].
+attend_chunk = ops.define(
+    "native_attend_chunk(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_len, int block_size, "
+    "float scale, int? window, float? softcap, Tensor? sinks) -> Tensor",
+    _attend_chunk,
+    _attend_fake,
 )

@@ -7,11 +7,13 @@
 #include "avx512.h"
 #include "blocks.h"
 #include "chain.h"
+#include "chunk512.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
+#include "grids512.h"
 #include "layer.h"
 #include "neon.h"
 #include "neon_two_level.h"
@@ -208,7 +210,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 12; }
+BITSMITH_API int32_t bitsmith_abi() { return 13; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -323,19 +325,21 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                         int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
+  two_level::Weight as{};
+  as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
-  auto chunk = grids::chunk;
+  auto rows = grids::rows;
+  bool tiles = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    prepare = two_level::vectors::prepare;
-    chunk = grids::chunk256;
+    tiles = path != AVX2 && avx512::supported();
+    if (tiles) as.zero = grids::BIAS;
+    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = tiles ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  // Activations depend on the weight's size alone.
-  two_level::Weight size{};
-  size.n = w.n, size.k = w.k;
-  two_level_product(size, prepare, false, x, x_dtype, m, y, y_dtype, threads,
-                    [=](const two_level::Input& in, int64_t nb, void* to) { grids::rows(w, in, chunk, nb, to, y_dtype); });
+  two_level_product(as, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
@@ -434,6 +438,40 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
 #endif
     layer::attend(a, row, kv, first, count, scratch.data());
   });
+}
+
+// Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
+BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[maybe_unused]] int64_t value_dim) {
+#if BITSMITH_X86
+  return avx512::supported() && key_dim % 2 == 0 && value_dim % chunk512::LANES == 0;
+#else
+  return 0;
+#endif
+}
+
+// A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+#if BITSMITH_X86
+  const layer::Attention& a = *what;
+  static thread_local std::vector<uint32_t> packed_keys, packed_values;
+  const chunk512::Span span(a);
+  const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;
+  if (static_cast<int64_t>(packed_keys.size()) < a.kv_heads * of_keys) packed_keys.resize(static_cast<size_t>(a.kv_heads * of_keys));
+  if (static_cast<int64_t>(packed_values.size()) < a.kv_heads * of_values) packed_values.resize(static_cast<size_t>(a.kv_heads * of_values));
+  uint32_t *keys = packed_keys.data(), *values = packed_values.data();
+  pool().run(a.kv_heads * parts, threads, [&](int64_t task) {
+    const int64_t kv = task / parts, at = task % parts * chunk512::LANES;
+    chunk512::pack_keys(a, kv, span.first + at, keys + kv * of_keys + at * pairs);
+    chunk512::pack_values(a, kv, span.first + at, values + kv * of_values + at / 2 * a.value_dim);
+  });
+  const int64_t tiles = (a.rows + chunk512::QUERIES - 1) / chunk512::QUERIES, shared = a.heads / a.kv_heads;
+  pool().run(a.heads * tiles, threads, [&](int64_t task) {
+    static thread_local chunk512::State state;
+    // The last queries see most keys: begun first.
+    const int64_t head = task % a.heads, tile = tiles - 1 - task / a.heads;
+    chunk512::attend(a, span, head, tile * chunk512::QUERIES, keys + head / shared * of_keys, values + head / shared * of_values, state);
+  });
+#endif
 }
 
 // What calls one of the library's functions that a step is made of; null for others.

@@ -271,6 +271,19 @@ BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
   }
 }
 
+// All rows of activations meet super block s. codes: a byte each, with a table its values.
+template <int BITS, int GROUP, bool TABLE>
+BITSMITH_256_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, const __m256 (&d)[2], const __m256 (&dmin)[2],
+                                     int64_t s, float* total) {
+  for (int64_t half = 0; half < 2; ++half, codes += CHUNK * ROWS) {
+    const int64_t first = s * SUPER + half * CHUNK;
+    int64_t m = 0;
+    for (; m + 4 <= x.m; m += 4) chunk<BITS, GROUP, TABLE, 4>(w, x, codes, by, d, dmin, first, half, m, total);
+    for (; m + 2 <= x.m; m += 2) chunk<BITS, GROUP, TABLE, 2>(w, x, codes, by, d, dmin, first, half, m, total);
+    if (m < x.m) chunk<BITS, GROUP, TABLE, 1>(w, x, codes, by, d, dmin, first, half, m, total);
+  }
+}
+
 template <int BITS, int GROUP, int SUB, bool TABLE>
 BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   static thread_local std::vector<float> totals;
@@ -294,18 +307,9 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
       d[h] = avx2::load8(w.supers, at * ROWS + 8 * h, F16);
       if (w.mins) dmin[h] = avx2::load8(w.super_mins, at * ROWS + 8 * h, F16);
     }
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t first = s * SUPER + half * CHUNK;
-      if (x.m == 1) {
-        chunk<BITS, GROUP, TABLE, 1, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, first, half, 0, total);
-        continue;
-      }
-      const uint8_t* c = codes + half * CHUNK * ROWS;
-      int64_t m = 0;
-      for (; m + 4 <= x.m; m += 4) chunk<BITS, GROUP, TABLE, 4>(w, x, c, by, d, dmin, first, half, m, total);
-      for (; m + 2 <= x.m; m += 2) chunk<BITS, GROUP, TABLE, 2>(w, x, c, by, d, dmin, first, half, m, total);
-      if (m < x.m) chunk<BITS, GROUP, TABLE, 1>(w, x, c, by, d, dmin, first, half, m, total);
-    }
+    if (x.m > 1) super_block<BITS, GROUP, TABLE>(w, x, codes, by, d, dmin, s, total);
+    for (int64_t half = 0; half < (x.m > 1 ? 0 : 2); ++half)
+      chunk<BITS, GROUP, TABLE, 1, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, s * SUPER + half * CHUNK, half, 0, total);
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, total[m * ROWS + r]);

@@ -93,16 +93,33 @@ BITSMITH_512_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
     }
   }
   for (int m = 0; m < MR; ++m) {
-    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), d);
-    if (w.mins) {
-      const int16_t* sums = x.group_sums.data() + group + m * groups;
-      __m512i low = _mm512_setzero_si512();
-      for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
-      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, value);
-    }
     float* to = total + (m0 + m) * ROWS;
-    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, step, _mm512_loadu_ps(to)));
+    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]), all = _mm512_loadu_ps(to), whole = _mm512_cvtepi32_ps(dot[m]);
+    if (!w.mins) {
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_mul_ps(d, step), all));
+      continue;
+    }
+    const int16_t* sums = x.group_sums.data() + group + m * groups;
+    __m512i low = _mm512_setzero_si512();
+    for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(whole, d)), step, all));
+  }
+}
+
+// All rows of activations meet super block s. packed: its codes as stored; codes: a byte each, for more than TILE rows.
+template <int BITS, int GROUP, bool TABLE>
+BITSMITH_512_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* packed, const uint8_t* codes, const Scales& by, __m512i table, __m512 d,
+                                     __m512 dmin, int64_t s, float* total) {
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t first = s * SUPER + half * CHUNK;
+    const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
+    int64_t m = 0;
+    if (x.m > TILE)
+      for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
+    if (m + 8 <= x.m) chunk<BITS, GROUP, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
+    if (m + 4 <= x.m) chunk<BITS, GROUP, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
+    if (m + 2 <= x.m) chunk<BITS, GROUP, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
+    if (m < x.m) chunk<BITS, GROUP, TABLE, 1, true>(w, x, p, by, table, d, dmin, first, half, m, total);
   }
 }
 
@@ -127,17 +144,7 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     }
     scales<SUB, GROUP>(w, at, by);
     const __m512 d = avx512::load16(w.supers, at * ROWS, F16), dmin = w.mins ? avx512::load16(w.super_mins, at * ROWS, F16) : _mm512_setzero_ps();
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t first = s * SUPER + half * CHUNK;
-      const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
-      int64_t m = 0;
-      if (x.m > TILE)
-        for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
-      if (m + 8 <= x.m) chunk<BITS, GROUP, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
-      if (m + 4 <= x.m) chunk<BITS, GROUP, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
-      if (m + 2 <= x.m) chunk<BITS, GROUP, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
-      if (m < x.m) chunk<BITS, GROUP, TABLE, 1, true>(w, x, p, by, table, d, dmin, first, half, m, total);
-    }
+    super_block<BITS, GROUP, TABLE>(w, x, packed, codes, by, table, d, dmin, s, total);
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(total + m * ROWS), w.n - nb * ROWS);
 }
