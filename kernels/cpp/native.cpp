@@ -16,6 +16,8 @@
 #include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
+#include "rotate.h"
+#include "trellis512.h"
 #include "two_level.h"
 #include "two_level512.h"
 
@@ -221,15 +223,17 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
-                                  int32_t plain) {
+                                  [[maybe_unused]] int32_t path) {
   const Source& s = *source;
   Decode decode = floats::decode_of(s);
   auto prepare = floats::prepare;
   auto rows = floats::rows;
 #if BITSMITH_X86
-  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
@@ -371,6 +375,14 @@ BITSMITH_API void bitsmith_add(const uint16_t* a, const uint16_t* b, uint16_t* y
 // Row i of x -> row slots[i] of `to`; rows of `size` bytes, strides in bytes.
 BITSMITH_API void bitsmith_scatter(const char* x, int64_t x_stride, const int64_t* slots, char* to, int64_t to_stride, int64_t rows, int64_t size) {
   for (int64_t i = 0; i < rows; ++i) std::memcpy(to + slots[i] * to_stride, x + i * x_stride, static_cast<size_t>(size));
+}
+
+// x [rows, k] -> y [rows, k rounded up to blocks of a power of two], see rotate::row.
+BITSMITH_API void bitsmith_rotate(const uint16_t* x, int64_t rows, int64_t k, int64_t block, const void* vector, int32_t vector_dtype, int32_t first,
+                                  uint16_t* y, int32_t threads) {
+  const int64_t width = round_up(k, block);
+  pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
+             [&](int64_t i) { rotate::row(x + i * k, k, block, vector, vector_dtype, first != 0, y + i * width); });
 }
 
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
