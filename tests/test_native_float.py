@@ -156,6 +156,19 @@ def test_tables_of_any_dtype(text: str, dtype: torch.dtype) -> None:
         assert torch.equal(native_float.pack(q)(torch.eye(320), path=path).T, q.dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", ["codebook8.v8.x2.channel", "codebook16.v8.g8.f32", "codebook5.v8.x3.g24"])
+def test_vectors_by_few_rows(text: str, dtype: torch.dtype) -> None:
+    """Up to 8 rows meet the entries of a table themselves (cpp/dots.h): the weights once more bit for bit, and sums."""
+    q = random_codebook(text, (33, 328), dtype)
+    weight, product = q.dequantize(), native_float.pack(q)
+    for path, m in itertools.product(native_paths(), range(1, 9)):
+        found = torch.cat([product(rows.contiguous(), path) for rows in torch.eye(328).split(m)])
+        assert torch.equal(found.T, weight)
+        x = torch.randn(m, 328)
+        assert error(product(x, path), x, weight) < 1e-6
+
+
 @pytest.mark.parametrize("states", STATE_VALUES)
 def test_all_states_of_a_trellis(states: str) -> None:
     """Symbols of 8 bits: 65536 of them, each pair of bytes once as a state, in rings of a de Bruijn-like walk."""

@@ -231,13 +231,20 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   Decode decode = floats::decode_of(s);
   auto prepare = floats::prepare;
   auto rows = floats::rows;
+  Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
-  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
   if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
   const int64_t count = s.w.row_blocks();
+  if (dots) {
+    slab.shape(m, s.w.k, 1);
+    pool().run(m, m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(x, x_dtype, row, slab); });
+    pool().run(count, threads, [&](int64_t nb) { dots(s, slab, nb, y, y_dtype); });
+    return;
+  }
   for (int64_t first = 0; first < m; first += SLAB) {
     const void* from = row_of(x, first * s.w.k, x_dtype);
     void* to = row_of(y, first * s.w.n, y_dtype);
