@@ -96,4 +96,15 @@ inline void block(const Stream& from, int64_t kb, int64_t count, int64_t k, int3
   }
 }
 
+// Numbers [n, count] -> [row blocks][count][16]; rows beyond n are zeros.
+template <class T>
+void groups(const T* from, int64_t row_stride, int64_t group_stride, int64_t n, int64_t count, T* out) {
+  for (int64_t first = 0; first < n; first += ROWS)
+    for (int64_t g = 0; g < count; ++g, out += ROWS) {
+      const int64_t have = std::min(ROWS, n - first);
+      for (int64_t r = 0; r < have; ++r) out[r] = from[(first + r) * row_stride + g * group_stride];
+      std::fill(out + have, out + ROWS, T{0});
+    }
+}
+
 }  // namespace bitsmith::pack
