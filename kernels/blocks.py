@@ -15,6 +15,7 @@ from torch import Tensor
 from . import bits
 from .pages import large_pages
 from .spec import Spec
+from .stacked import Parts, Stacked
 
 # Kinds of a Field: cpp/blocks.h says what they are.
 HALF, PLANE, NIBBLES, SIXES = range(4)
@@ -22,7 +23,6 @@ PARTS = ("codes", "scales", "mins", "super_scales", "super_mins")
 # Of cpp/common.h.
 ROWS, BLOCK = 16, 32
 _LEVELS = ("scales", "mins")
-Parts = Mapping[str, Tensor]
 
 
 class Field(ctypes.Structure):
@@ -119,6 +119,8 @@ def in_place(parts: Sequence[Parts]) -> list[Blocks]:
 
 def shapes(parts: Parts) -> dict[str, torch.Size]:
     """Shape of each part."""
+    if isinstance(parts, Stacked):
+        return parts.shapes
     found = in_place([parts])
     return found[0].shapes if found else {name: t.shape for name, t in parts.items()}
 

@@ -35,6 +35,7 @@ from .pages import on_large_pages as on_large_pages
 from .pieces import straighten
 from .qtensor import QTensor
 from .spec import ROW_TABLE, Spec
+from .stacked import pieces
 
 PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 _INT8, _BFLOAT = 0, 1
@@ -245,9 +246,8 @@ def blocked(plain: QTensor, structure: type[_Scaled]) -> tuple[dict[str, Tensor]
     if found := blocks.in_place([plain.parts]):
         parts = from_blocks(found[0], plain.shape)
     else:
-        parts = {name: t.contiguous() for name, t in plain.parts.items() if name not in ("perm", "codes")}
-        parts["codes"] = pack_codes(plain.parts["codes"], n, k, spec.bits)
-        group_by_block(parts, spec, n)
+        parts = beside_codes(plain.parts, spec, n)
+        parts["codes"] = pack_codes(row_pieces(plain.parts, "codes"), k, spec.bits)
     weight = structure(n=n, k=k, bits=spec.bits, codes=parts["codes"].data_ptr())
     add_scales(weight, parts, spec)
     return parts, weight
@@ -260,10 +260,20 @@ def from_blocks(source: blocks.Blocks, shape: tuple[int, int]) -> dict[str, Tens
     return blocks.packed(lib, source, shape)
 
 
-def group_by_block(parts: dict[str, Tensor], spec: Spec, n: int) -> None:
-    """Scales, zero points and mins in `parts`, of one row each: [N, G] -> [blocks, G, 16]."""
-    for name in _BY_GROUP & parts.keys() if scale_rows(spec, n) == 1 else ():
-        parts[name] = by_block(parts[name].reshape(n, -1))
+def beside_codes(parts: Mapping[str, Tensor], spec: Spec, n: int) -> dict[str, Tensor]:
+    """All parts but codes and the order of columns; scales, zero points and mins of one row each by blocks of rows."""
+    grouped = _BY_GROUP if scale_rows(spec, n) == 1 else set()
+    return {
+        name: by_block(row_pieces(parts, name)) if name in grouped else parts[name].contiguous()
+        for name in parts
+        if name not in ("perm", "codes")
+    }
+
+
+def row_pieces(parts: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Pieces of a part, all but the last of whole blocks of rows."""
+    found = pieces(parts, name)
+    return found if all(t.shape[0] % ROWS == 0 for t in found[:-1]) else [parts[name]]
 
 
 def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
@@ -288,14 +298,17 @@ def scale_rows(spec: Spec, n: int) -> int:
     return spec.rows if spec.rows > 0 else -(-n // ROWS) * ROWS
 
 
-def pack_codes(stream: Tensor, n: int, k: int, width: int) -> Tensor:
-    """Dense bit stream int32 [n, words], of any strides -> uint8 codes of cpp/common.h."""
+def pack_codes(streams: Sequence[Tensor], k: int, width: int) -> Tensor:
+    """Dense bit streams int32 [n, words] of any strides, pieces as of `row_pieces` -> uint8 codes of cpp/common.h."""
     lib = library()
     assert lib is not None
-    out = large_pages(-(-n // ROWS) * -(-k // BLOCK) * 64 * width)
-    stream = stream.reshape(n, -1)
-    assert stream.shape[1] == bits.words(k, width)
-    lib.bitsmith_pack(stream.data_ptr(), *stream.stride(), n, k, width, out.data_ptr(), torch.get_num_threads())
+    size = -(-k // BLOCK) * 64 * width
+    out = large_pages(sum(-(-t.shape[0] // ROWS) for t in streams) * size)
+    at = out.data_ptr()
+    for t in streams:
+        assert t.shape[1] == bits.words(k, width)
+        lib.bitsmith_pack(t.data_ptr(), *t.stride(), t.shape[0], k, width, at, torch.get_num_threads())
+        at += t.shape[0] // ROWS * size
     return out
 
 
@@ -351,12 +364,17 @@ def scales_as_given(parts: Mapping[str, Tensor], rows: int, n: int) -> dict[str,
     return {**parts, **{name: t.transpose(1, 2).flatten(0, 1)[:n] for name, t in blocks.items()}}
 
 
-def by_block(t: Tensor) -> Tensor:
-    """[N, G] -> [ceil(N / 16), G, 16], rows beyond N zero."""
-    n, groups = t.shape
-    padded = torch.zeros(-(-n // ROWS) * ROWS, groups, dtype=t.dtype)
-    padded[:n] = t
-    return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+def by_block(numbers: Sequence[Tensor]) -> Tensor:
+    """[N, G], of any strides, in pieces as of `row_pieces` -> [ceil(N / 16), G, 16], rows beyond N zero."""
+    lib = library()
+    assert lib is not None
+    groups, dtype = numbers[0].shape[1], numbers[0].dtype
+    out = torch.empty(sum(-(-t.shape[0] // ROWS) for t in numbers), groups, ROWS, dtype=dtype)
+    at = out.data_ptr()
+    for t in numbers:
+        lib.bitsmith_pack_groups(t.data_ptr(), *t.stride(), *t.shape, dtype.itemsize, at)
+        at += t.numel() * dtype.itemsize
+    return out
 
 
 def _second_level(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:

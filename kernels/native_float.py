@@ -175,10 +175,9 @@ def _trellis(plain: QTensor) -> tuple[dict[str, Tensor], _Source]:
 
 def _vectors(plain: QTensor) -> tuple[dict[str, Tensor], _Source]:
     n, k = plain.shape
-    parts = {name: t.contiguous() for name, t in plain.parts.items() if name not in ("perm", "codes")}
+    parts = native.beside_codes(plain.parts, plain.spec, n)
     parts["codes"] = native.on_large_pages(plain.parts["codes"])
     source = _Source(n=n, k=k, bits=plain.spec.bits, codes=parts["codes"].data_ptr(), words=parts["codes"].shape[1])
-    native.group_by_block(parts, plain.spec, n)
     native.add_scales(source, parts, plain.spec)
     return parts, source
 

@@ -106,8 +106,8 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
 
 @cache
 def _levels(name: str, step: float) -> tuple[Tensor, Tensor]:
-    """(int16 [2**bits] by index: places of 8 or 4 numbers, two or three bits each, uint8 [64] by place modulo 4 or 8: the
-    number plus 128), without shifts."""
+    """(int16 [2**bits] by index: places of 8 or 4 numbers, two or three bits each, uint8 [64] by place modulo 4 or 8:
+    the number plus 128), without shifts."""
     vectors = grids.vectors(name)
     levels, bits = vectors.unique(), 2 if vectors.shape[1] == 8 else 3
     places = torch.searchsorted(levels, vectors) << torch.arange(vectors.shape[1]) * bits

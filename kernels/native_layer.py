@@ -180,18 +180,23 @@ scatter = ops.define(
 def _attention(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
     scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
-) -> _Attention:  # fmt: skip
-    return _Attention(
+) -> Any:  # fmt: skip
+    """What both kinds of attention take."""
+    what = _Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
         heads=q.shape[1], kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
         block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
     )  # fmt: skip
+    return ctypes.byref(what)
 
 
-def _attend_call(out: Tensor, *arguments: Any, plain: bool = False) -> ops.Call:
-    what = _attention(out, *arguments)
-    return partial(_functions().bitsmith_attend, ctypes.byref(what), torch.get_num_threads(), plain)
+def _attend_call(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
+) -> ops.Call:  # fmt: skip
+    what = _attention(out, q, k, v, block_table, context_len, block_size, scale, window, softcap, sinks)
+    return partial(_functions().bitsmith_attend, what, torch.get_num_threads(), plain)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor:
@@ -223,8 +228,7 @@ def takes_chunks(k: Tensor, v: Tensor) -> bool:
 
 def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
     out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
-    what = _attention(out, q, k, v, *more)
-    _functions().bitsmith_attend_chunk(ctypes.byref(what), torch.get_num_threads())
+    _functions().bitsmith_attend_chunk(_attention(out, q, k, v, *more), torch.get_num_threads())
     return out
 
 

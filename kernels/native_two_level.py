@@ -166,13 +166,13 @@ def _packed(q: QTensor) -> dict[str, Tensor]:
     spec, (n, k), parts = q.spec, q.shape, {}
     for name, part in q.parts.items():
         if name == "codes":
-            parts[name] = native.pack_codes(part, n, k, spec.bits)
+            parts[name] = native.pack_codes([part], k, spec.bits)
         elif name == "global_scale":
             parts[name] = part
         elif name in _LEVELS and spec.two_level:
             parts[name] = _packed_codes(level_codes(spec, part, q.parts[f"super_{name}"]), spec)
         else:
-            parts[name] = native.by_block(part.view(n, -1))
+            parts[name] = native.by_block([part.view(n, -1)])
     return parts
 
 

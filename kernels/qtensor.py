@@ -32,6 +32,7 @@ from . import bits, blocks, transform
 from .families import family, scale_shape
 from .grid import Params
 from .spec import ROW_TABLE, Spec
+from .stacked import Stacked, pieces
 
 # Second levels, [R' * G / PER]: a row's are consecutive.
 _SUPERS = ("super_scales", "super_mins")
@@ -69,15 +70,15 @@ class QTensor:
     @property
     def device(self) -> torch.device:
         """Where the parts are."""
-        return torch.device("cpu") if blocks.in_place([self.parts]) else self.parts["codes"].device
+        return torch.device("cpu") if blocks.in_place([self.parts]) else pieces(self.parts, "codes")[0].device
 
     def to(self, device: torch.device | str) -> "QTensor":
-        """Parts on `device`, read where they are still in the blocks of a file."""
+        """Parts on `device`, read where they are still in the blocks of a file, and in one where they are in pieces."""
         return replace(self, parts={k: t.to(device) for k, t in self.parts.items()})
 
     def read(self) -> "QTensor":
-        """Itself, or the same with parts that were still in the blocks of a file."""
-        return self.to(self.device) if blocks.in_place([self.parts]) else self
+        """Itself, or the same with parts that were still in the blocks of a file or in pieces."""
+        return self if isinstance(self.parts, dict) else self.to(self.device)
 
     def rows(self, start: int, stop: int) -> "QTensor":
         """Output rows start..stop. Raises ValueError where the cut would split a tile of scales or codes or a Hadamard
@@ -208,22 +209,15 @@ def can_concat(tensors: Sequence[QTensor]) -> bool:
 
 
 def concat(tensors: Sequence[QTensor]) -> QTensor:
-    """Stack along output rows: merged q/k/v, gate/up, or a layer's experts. Raises ValueError unless `can_concat`."""
+    """Stack along output rows: merged q/k/v, gate/up, or a layer's experts; nothing is copied before a part is asked
+    for. Raises ValueError unless `can_concat`.
+    """
     if not can_concat(tensors):
         raise ValueError("cannot stack " + ", ".join(f"{t.spec} {t.shape}" for t in tensors))
     first, shape = tensors[0], (sum(t.shape[0] for t in tensors), tensors[0].shape[1])
     if found := blocks.in_place([t.parts for t in tensors]):
         return QTensor(first.spec, shape, found[0].stacked(found[1:]))
-    rows = _row_parts(first.spec)
-    parts = {k: _stack([t.parts[k] for t in tensors]) if k in rows else v for k, v in first.parts.items()}
-    return QTensor(first.spec, shape, parts)
-
-
-def _stack(parts: Sequence[Tensor]) -> Tensor:
-    """Along the first dimension, keeping the order in memory of matrices that lie transposed (GPTQ's codes)."""
-    if parts[0].dim() == 2 and parts[0].stride(0) == 1 != parts[0].stride(1):
-        return torch.cat([p.T for p in parts], 1).T
-    return torch.cat(list(parts))
+    return QTensor(first.spec, shape, Stacked([t.parts for t in tensors], _row_parts(first.spec)))
 
 
 def matrix_shape(spec: Spec, shape: tuple[int, int]) -> tuple[int, int]:

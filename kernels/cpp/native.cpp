@@ -212,7 +212,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 14; }
+BITSMITH_API int32_t bitsmith_abi() { return 15; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -275,6 +275,14 @@ BITSMITH_API void bitsmith_pack(const uint32_t* stream, int64_t row_stride, int6
         pack::block(from, kb, std::min(ROWS, n - nb * ROWS), k, bits, out + (nb * k_blocks + kb) * 64 * bits);
       }
   });
+}
+
+// Numbers of `size` bytes [n, groups] of any strides (in numbers) -> [row blocks][groups][16]; rows beyond n are zeros.
+BITSMITH_API void bitsmith_pack_groups(const void* numbers, int64_t row_stride, int64_t group_stride, int64_t n, int64_t groups, int32_t size,
+                                       void* out) {
+  if (size == 1) pack::groups(static_cast<const uint8_t*>(numbers), row_stride, group_stride, n, groups, static_cast<uint8_t*>(out));
+  else if (size == 2) pack::groups(static_cast<const uint16_t*>(numbers), row_stride, group_stride, n, groups, static_cast<uint16_t*>(out));
+  else pack::groups(static_cast<const uint32_t*>(numbers), row_stride, group_stride, n, groups, static_cast<uint32_t*>(out));
 }
 
 // Blocks of a file -> all parts, see blocks.h.

@@ -77,8 +77,8 @@ inline void block(const Stream& from, int64_t kb, int64_t count, int64_t k, int3
   const bool whole = (kb + 1) * BLOCK <= k && count == ROWS;
   const int64_t have = std::min<int64_t>(bits, words - kb * bits);
   const uint32_t* first = from.words + kb * bits * from.word_stride;
-  if (from.row_stride == 1) {  // GPTQ's own order
-    for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, static_cast<size_t>(count) * 4);
+  if (from.row_stride == 1 && count == ROWS) {  // GPTQ's own order
+    for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, ROWS * 4);
   } else {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t i = 0; i < have; ++i) word[i][r] = first[r * from.row_stride + i * from.word_stride];
@@ -121,6 +121,17 @@ void codes(const uint32_t* stream, int64_t columns, int32_t bits, T* out) {
   }
   const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
   for (int64_t i = followed; i < columns; ++i) out[i] = static_cast<T>(stream[last] >> (i * bits - last * 32) & mask);
+}
+
+// Numbers [n, count] -> [row blocks][count][16]; rows beyond n are zeros.
+template <class T>
+void groups(const T* from, int64_t row_stride, int64_t group_stride, int64_t n, int64_t count, T* out) {
+  for (int64_t first = 0; first < n; first += ROWS)
+    for (int64_t g = 0; g < count; ++g, out += ROWS) {
+      const int64_t have = std::min(ROWS, n - first);
+      for (int64_t r = 0; r < have; ++r) out[r] = from[(first + r) * row_stride + g * group_stride];
+      std::fill(out + have, out + ROWS, T{0});
+    }
 }
 
 }  // namespace bitsmith::pack
