@@ -1,5 +1,6 @@
-"""The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, decode attention and
-the residual's sum, in bfloat16 with float32 inside; and rows written to their places in a cache.
+"""The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, decode attention, the
+residual's sum and the Hadamard transform (cpp/rotate.h), in bfloat16 with float32 inside; and rows written to their
+places in a cache.
 
 One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
 operators of kernels/fused.py take them where `usable`; their torch twins are the oracle. Each function here gives the
@@ -46,7 +47,8 @@ def _library() -> ctypes.CDLL | None:
     lib.bitsmith_add.argtypes = [p, p, p, size, number]
     lib.bitsmith_scatter.argtypes = [p, size, p, p, size, size, size]
     lib.bitsmith_gather.argtypes = [p, size, size, p, p, size, size]
-    for name in ("norm", "gated", "rope", "attend", "add", "scatter", "gather", "attend_chunk"):
+    lib.bitsmith_rotate.argtypes = [p, size, size, size, p, number, number, p, number]
+    for name in ("norm", "gated", "rope", "attend", "attend_chunk", "add", "scatter", "gather", "rotate"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -80,6 +82,15 @@ def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> ops.Call:
     return partial(
         _functions().bitsmith_gated, gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0),
         up.stride(0), act, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rotate(y: Tensor, x: Tensor, vector: Tensor | None, block: int, first: bool) -> ops.Call:
+    """transform.rotate: x [M, K], contiguous and `usable` -> y [M, K padded to whole blocks], contiguous."""
+    address, dtype = (None, 0) if vector is None else (vector.data_ptr(), native.DTYPES[vector.dtype])
+    return partial(
+        _functions().bitsmith_rotate, x.data_ptr(), *x.shape, block, address, dtype, first, y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@
 #include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
+#include "rotate.h"
+#include "trellis512.h"
 #include "two_level.h"
 #include "two_level512.h"
 
@@ -210,7 +212,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 13; }
+BITSMITH_API int32_t bitsmith_abi() { return 14; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -224,19 +226,28 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
-                                  int32_t plain) {
+                                  [[maybe_unused]] int32_t path) {
   const Source& s = *source;
   Decode decode = floats::decode_of(s);
   auto prepare = floats::prepare;
   auto rows = floats::rows;
+  Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
-  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
+  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
   const int64_t count = s.w.row_blocks();
+  if (dots) {
+    slab.shape(m, s.w.k, 1);
+    pool().run(m, m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(x, x_dtype, row, slab); });
+    pool().run(count, threads, [&](int64_t nb) { dots(s, slab, nb, y, y_dtype); });
+    return;
+  }
   for (int64_t first = 0; first < m; first += SLAB) {
     const void* from = row_of(x, first * s.w.k, x_dtype);
     void* to = row_of(y, first * s.w.n, y_dtype);
@@ -399,6 +410,14 @@ BITSMITH_API void bitsmith_gather(const char* x, int64_t x_stride, int64_t count
   }
 }
 
+// x [rows, k] -> y [rows, k rounded up to blocks of a power of two], see rotate::row.
+BITSMITH_API void bitsmith_rotate(const uint16_t* x, int64_t rows, int64_t k, int64_t block, const void* vector, int32_t vector_dtype, int32_t first,
+                                  uint16_t* y, int32_t threads) {
+  const int64_t width = round_up(k, block);
+  pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
+             [&](int64_t i) { rotate::row(x + i * k, k, block, vector, vector_dtype, first != 0, y + i * width); });
+}
+
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
                                  int64_t up_stride, int32_t act, int32_t threads) {
   pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
@@ -478,9 +497,9 @@ BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention*
 BITSMITH_API chain::Invoker bitsmith_invoker(const void* function) {
   using chain::entry;
   static const chain::Entry known[] = {
-      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(),
-      entry<bitsmith_codes>(),  entry<bitsmith_norm>(),   entry<bitsmith_add>(),              entry<bitsmith_scatter>(),
-      entry<bitsmith_gather>(), entry<bitsmith_gated>(),  entry<bitsmith_rope>(),             entry<bitsmith_attend>(),
+      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(), entry<bitsmith_codes>(),
+      entry<bitsmith_norm>(),   entry<bitsmith_add>(),    entry<bitsmith_scatter>(),          entry<bitsmith_gather>(),       entry<bitsmith_rotate>(),
+      entry<bitsmith_gated>(),  entry<bitsmith_rope>(),   entry<bitsmith_attend>(),
   };
   for (const chain::Entry& one : known)
     if (one.function == function) return one.invoke;
