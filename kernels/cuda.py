@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 #   IQ3_XXS                      19.4  (164)     25.3 (127)  27.1 (203)  36.5 (186)  21.4 (122)
 #   trellis3.mcg                 10.3  (95)      22.6 (98)   24.9 (132)  31.8 (128)  18.7 (80)
 #
-# The weights that programs of one multiprocessor have in flight are 4096 (8 rows) against 20480. On AMD, gemm is no
-# shorter: codebook8.v8.x2 on gfx1100 11.4 at 4 rows, 17.6 at 8, 26.7 in gemm.
+# The weights that programs of one multiprocessor have in flight are 4096 (affine4, 8 rows) against 20480. AMD's counts
+# do not agree (4 rows, 8, gemm: affine4 on gfx1100 15, 26, 18; codebook8.v8.x2 11, 18, 27), so it stays with gemv.
 GEMV_ROWS = 8
 _GEMV_ROWS_BESIDE_DOTS = 2
 GEMM_ROWS = 64
