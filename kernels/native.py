@@ -16,11 +16,9 @@ bit for bit.
 """
 
 import ctypes
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -29,6 +27,7 @@ from torch import Tensor
 from . import bits, blocks, ops
 from .blocks import BLOCK, ROWS
 from .families import family
+from .library import library as library
 from .native_inputs import int8_activations as int8_activations
 from .native_inputs import rounded_activations as rounded_activations
 from .pages import large_pages
@@ -37,15 +36,11 @@ from .pieces import straighten
 from .qtensor import QTensor
 from .spec import ROW_TABLE, Spec
 
-log = logging.getLogger(__name__)
-
 PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # What bytes of scales are, by their storage's name.
-_BYTES = {"e8m0": 4, "ue4m3": 5}
-# Of native.cpp's functions and structures.
-_ABI = 12
+BYTES = {"e8m0": 4, "ue4m3": 5}
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 _BY_GROUP = {"scales", "zeros", "mins"}
@@ -69,31 +64,6 @@ def addresses(kind: type[ctypes.Structure]) -> tuple[str, ...]:
     """The pointers of a structure, in its order, those of what it extends first."""
     fields = (field for base in reversed(kind.__mro__) for field in vars(base).get("_fields_", ()))
     return tuple(name for name, what, *_ in fields if what is ctypes.c_void_p)
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled library, or None where the package was built without a compiler."""
-    found = sorted(Path(__file__).parent.glob("_native*.so")) + sorted(Path(__file__).parent.glob("_native*.pyd"))
-    if not found:
-        log.info("no native CPU kernels in this installation (no C++ compiler when it was built): using torch's own")
-        return None
-    lib = ctypes.CDLL(str(found[-1]))
-    if getattr(lib, "bitsmith_abi", lambda: 0)() != _ABI:
-        log.warning("%s was built from other sources: run `pip install -e .` again; using torch's own", found[-1])
-        return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    products = ("linear", "floats", "two_level_linear", "grids_linear")
-    lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
-    lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
-    lib.bitsmith_pack_blocks.argtypes = [pointer, number]
-    lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
-    lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
-    for name in products:
-        getattr(lib, f"bitsmith_{name}").argtypes = [pointer, pointer, number, size, pointer, number, number, number]
-    for name in (*products, "pack", "pack_blocks", "unpack", "pack_levels", "unpack_levels"):
-        getattr(lib, f"bitsmith_{name}").restype = None
-    return lib
 
 
 def best_path() -> str:
@@ -310,7 +280,7 @@ def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
 
 
 def _number_type(spec: Spec, stored: Tensor) -> int:
-    return _BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
+    return BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
 
 
 def scale_rows(spec: Spec, n: int) -> int:

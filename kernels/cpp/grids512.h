@@ -169,7 +169,7 @@ BITSMITH_512 void rows(const Weight& w, const two_level::Weight& as, const Input
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
     decode<F>(w, nb, s, number, by);
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
-    two_level::wide::super_block<8, F::GROUP, false>(as, x, number, number, by, __m512i{}, _mm512_load_ps(super), __m512{}, s, totals.data());
+    two_level::wide::super_block<8, F::GROUP, 8, false>(as, x, number, number, by, __m512i{}, _mm512_load_ps(super), __m512{}, s, totals.data());
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals.data() + m * ROWS), w.n - nb * ROWS);
 }

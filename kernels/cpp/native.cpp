@@ -6,6 +6,8 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "blocks.h"
+#include "chain.h"
+#include "chunk512.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
@@ -17,6 +19,8 @@
 #include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
+#include "rotate.h"
+#include "trellis512.h"
 #include "two_level.h"
 #include "two_level512.h"
 
@@ -208,7 +212,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 12; }
+BITSMITH_API int32_t bitsmith_abi() { return 14; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -222,19 +226,28 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
-                                  int32_t plain) {
+                                  [[maybe_unused]] int32_t path) {
   const Source& s = *source;
   Decode decode = floats::decode_of(s);
   auto prepare = floats::prepare;
   auto rows = floats::rows;
+  Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
-  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
+  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
   const int64_t count = s.w.row_blocks();
+  if (dots) {
+    slab.shape(m, s.w.k, 1);
+    pool().run(m, m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(x, x_dtype, row, slab); });
+    pool().run(count, threads, [&](int64_t nb) { dots(s, slab, nb, y, y_dtype); });
+    return;
+  }
   for (int64_t first = 0; first < m; first += SLAB) {
     const void* from = row_of(x, first * s.w.k, x_dtype);
     void* to = row_of(y, first * s.w.n, y_dtype);
@@ -281,6 +294,16 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
       for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r)
         for (int64_t i = 0; i < have; ++i) out[(nb * ROWS + r) * words + kb * bits + i] = word[i][r];
     }
+  });
+}
+
+// Bit streams, `stride` words a row -> codes [n, columns], a byte each up to 8 bits, else int32.
+BITSMITH_API void bitsmith_codes(const uint32_t* stream, int64_t stride, int64_t n, int64_t columns, int32_t bits, void* out, int32_t threads) {
+  pool().run(n, n * columns < (1 << 16) ? 1 : threads, [&](int64_t row) {
+    if (bits <= 8)
+      pack::codes(stream + row * stride, columns, bits, static_cast<uint8_t*>(out) + row * columns);
+    else
+      pack::codes(stream + row * stride, columns, bits, static_cast<uint32_t*>(out) + row * columns);
   });
 }
 
@@ -376,6 +399,25 @@ BITSMITH_API void bitsmith_scatter(const char* x, int64_t x_stride, const int64_
   for (int64_t i = 0; i < rows; ++i) std::memcpy(to + slots[i] * to_stride, x + i * x_stride, static_cast<size_t>(size));
 }
 
+// Row rows[i] of the `count` of x -> row i of `to`, dense. Negative numbers count from the end; of one that is not there every bit is set (NaN).
+BITSMITH_API void bitsmith_gather(const char* x, int64_t x_stride, int64_t count, const int64_t* rows, char* to, int64_t wanted, int64_t size) {
+  for (int64_t i = 0; i < wanted; ++i) {
+    const int64_t row = rows[i] < 0 ? rows[i] + count : rows[i];
+    if (row >= 0 && row < count)
+      std::memcpy(to + i * size, x + row * x_stride, static_cast<size_t>(size));
+    else
+      std::memset(to + i * size, 0xff, static_cast<size_t>(size));
+  }
+}
+
+// x [rows, k] -> y [rows, k rounded up to blocks of a power of two], see rotate::row.
+BITSMITH_API void bitsmith_rotate(const uint16_t* x, int64_t rows, int64_t k, int64_t block, const void* vector, int32_t vector_dtype, int32_t first,
+                                  uint16_t* y, int32_t threads) {
+  const int64_t width = round_up(k, block);
+  pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
+             [&](int64_t i) { rotate::row(x + i * k, k, block, vector, vector_dtype, first != 0, y + i * width); });
+}
+
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
                                  int64_t up_stride, int32_t act, int32_t threads) {
   pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
@@ -415,4 +457,55 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
 #endif
     layer::attend(a, row, kv, first, count, scratch.data());
   });
+}
+
+// Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
+BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[maybe_unused]] int64_t value_dim) {
+#if BITSMITH_X86
+  return avx512::supported() && key_dim % 2 == 0 && value_dim % chunk512::LANES == 0;
+#else
+  return 0;
+#endif
+}
+
+// A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+#if BITSMITH_X86
+  const layer::Attention& a = *what;
+  static thread_local std::vector<uint32_t> packed_keys, packed_values;
+  const chunk512::Span span(a);
+  const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;
+  if (static_cast<int64_t>(packed_keys.size()) < a.kv_heads * of_keys) packed_keys.resize(static_cast<size_t>(a.kv_heads * of_keys));
+  if (static_cast<int64_t>(packed_values.size()) < a.kv_heads * of_values) packed_values.resize(static_cast<size_t>(a.kv_heads * of_values));
+  uint32_t *keys = packed_keys.data(), *values = packed_values.data();
+  pool().run(a.kv_heads * parts, threads, [&](int64_t task) {
+    const int64_t kv = task / parts, at = task % parts * chunk512::LANES;
+    chunk512::pack_keys(a, kv, span.first + at, keys + kv * of_keys + at * pairs);
+    chunk512::pack_values(a, kv, span.first + at, values + kv * of_values + at / 2 * a.value_dim);
+  });
+  const int64_t tiles = (a.rows + chunk512::QUERIES - 1) / chunk512::QUERIES, shared = a.heads / a.kv_heads;
+  pool().run(a.heads * tiles, threads, [&](int64_t task) {
+    static thread_local chunk512::State state;
+    // The last queries see most keys: begun first.
+    const int64_t head = task % a.heads, tile = tiles - 1 - task / a.heads;
+    chunk512::attend(a, span, head, tile * chunk512::QUERIES, keys + head / shared * of_keys, values + head / shared * of_values, state);
+  });
+#endif
+}
+
+// What calls one of the library's functions that a step is made of; null for others.
+BITSMITH_API chain::Invoker bitsmith_invoker(const void* function) {
+  using chain::entry;
+  static const chain::Entry known[] = {
+      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(), entry<bitsmith_codes>(),
+      entry<bitsmith_norm>(),   entry<bitsmith_add>(),    entry<bitsmith_scatter>(),          entry<bitsmith_gather>(),       entry<bitsmith_rotate>(),
+      entry<bitsmith_gated>(),  entry<bitsmith_rope>(),   entry<bitsmith_attend>(),
+  };
+  for (const chain::Entry& one : known)
+    if (one.function == function) return one.invoke;
+  return nullptr;
+}
+
+BITSMITH_API void bitsmith_run(const chain::Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) calls[i].invoke(calls[i].slots);
 }

@@ -1,5 +1,6 @@
 // Weights whose scales are small integers times one float for 256 inputs (GGUF's K-quants and IQ4_XS), with int8 activations. The integer
-// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs.
+// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs. Beside them, with AVX-512
+// alone: 4-bit codes of a table whose groups have a float of 8 bits each (NVFP4, MXFP4), which meets their integer sum.
 #pragma once
 #include "avx2.h"
 #include "generic.h"
@@ -13,17 +14,20 @@ struct Weight {
   const uint8_t* codes;      // as common.h
   const uint8_t* scales;     // [row blocks][super blocks][bytes of 16 rows], see `sub_codes`
   const uint8_t* mins;       // like scales, unsigned; or null
-  const uint16_t* supers;    // float16 [row blocks][super blocks][16]
+  const uint16_t* supers;    // float16 [row blocks][super blocks][16]; or null: scales are bytes [row blocks][k / group][16] of scale_dtype
   const uint16_t* super_mins;
   const int8_t* table;       // [16] values of the codes, or null: the code is the number
-  int64_t n, k;              // k a multiple of 256
+  int64_t n, k;              // k a multiple of 256, without supers of 32
   int32_t bits, group;       // group 16 or 32
   int32_t sub_bits;          // 4, 6 or 8
   int32_t offset;            // subtracted from a scale's code
   int32_t zero;              // subtracted from a weight's code
+  int32_t scale_dtype;       // E4M3_BYTE (groups of 16) or E8M0 (32)
+  float factor;              // of all scales without supers
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
-  int64_t super_blocks() const { return k / SUPER; }
+  int64_t super_blocks() const { return (k + SUPER - 1) / SUPER; }
+  int64_t chunks() const { return (k + CHUNK - 1) / CHUNK; }
   int64_t groups() const { return SUPER / group; }
   int64_t sub_bytes() const { return groups() * ROWS * sub_bits / 8; }
 };
@@ -33,7 +37,7 @@ struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
   std::vector<int8_t> tiles;   // of two_level512.h, more than TILE rows: `interleave`d
-  std::vector<float> step;     // [m][k / 128]
+  std::vector<float> step;     // [m][chunks]
   std::vector<int16_t> sums;   // [m][k / 16]
   std::vector<int16_t> group_sums;  // of two_level512.h: [m][k / group]
   std::vector<int32_t> start;       // of two_level512.h: [m][k / group], what a group's sum begins with
@@ -46,7 +50,7 @@ inline void shape(const Weight& w, int64_t m, Input& x) {
     if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
   };
   grow(x.q, m * x.stride);
-  grow(x.step, m * (w.k / CHUNK));
+  grow(x.step, m * w.chunks());
   grow(x.sums, m * (w.k / 16));
   grow(x.group_sums, m * (w.k / 16));
   grow(x.start, m * (w.k / 16));
@@ -84,13 +88,13 @@ inline void pack_sub_codes(const uint8_t (*codes)[ROWS], int32_t bits, int64_t g
 }
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    const int64_t at = row * w.k + c * CHUNK;
+  for (int64_t c = 0; c < w.chunks(); ++c) {
+    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
     float peak = 0;
-    for (int64_t i = 0; i < CHUNK; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
+    for (int64_t i = 0; i < count; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
     const float inverse = peak > 0 ? 127 / peak : 0;
-    in.step[row * (w.k / CHUNK) + c] = peak / 127;
-    for (int64_t i = 0; i < CHUNK; i += 16) {
+    in.step[row * w.chunks() + c] = peak / 127;
+    for (int64_t i = 0; i < count; i += 16) {
       int32_t sum = 0;
       for (int64_t j = i; j < i + 16; ++j) {
         const int32_t q = static_cast<int32_t>(std::nearbyint(load(x, at + j, dtype) * inverse));
@@ -102,8 +106,28 @@ inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, 
   }
 }
 
+// The definition where scales are floats: 16 outputs, all rows of activations.
+inline void float_rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
+  for (int64_t k = 0; k < w.k; k += w.group) {
+    uint8_t codes[BLOCK * ROWS];
+    generic::unpack(w.codes + (nb * w.k + k) / BLOCK * 64 * w.bits, w.bits, codes);
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const float scale = w.factor * load(w.scales, (nb * w.k + k) / w.group * ROWS + r, w.scale_dtype);
+      for (int64_t m = 0; m < x.m; ++m) {
+        int32_t dot = 0;
+        for (int64_t i = k; i < k + w.group; ++i) dot += w.table[codes[64 * (i % BLOCK / 4) + 4 * r + i % 4]] * x.q[m * x.stride + i];
+        totals[m * ROWS + r] += x.step[m * w.chunks() + k / CHUNK] * scale * static_cast<float>(dot);
+      }
+    }
+  }
+  for (int64_t m = 0; m < x.m; ++m)
+    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
+}
+
 // The definition: 16 outputs, all rows of activations.
 inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  if (!w.supers) return float_rows(w, x, nb, y, dtype);
   const int64_t supers = w.super_blocks(), groups = w.groups();
   std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
   for (int64_t s = 0; s < supers; ++s) {
@@ -251,16 +275,16 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
 BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    const int64_t at = row * w.k + c * CHUNK;
+  for (int64_t c = 0; c < w.chunks(); ++c) {
+    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
     __m256 largest = _mm256_setzero_ps();
-    for (int64_t i = 0; i < CHUNK; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
+    for (int64_t i = 0; i < count; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     const float peak = std::max(_mm_cvtss_f32(four), _mm_cvtss_f32(_mm_movehdup_ps(four)));
     const __m256 inverse = _mm256_set1_ps(peak > 0 ? 127 / peak : 0);
-    in.step[row * (w.k / CHUNK) + c] = peak / 127;
-    for (int64_t i = 0; i < CHUNK; i += 32) {
+    in.step[row * w.chunks() + c] = peak / 127;
+    for (int64_t i = 0; i < count; i += 32) {
       __m256i q[4];
       for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(avx2::load8(x, at + i + 8 * j, dtype), inverse));
       const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
