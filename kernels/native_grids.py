@@ -1,5 +1,5 @@
 """Products of the native library for codes that are indices and signs of a named grid (kernels/grids.py; GGUF's IQ1,
-IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h.
+IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h (AVX2), grids512.h (AVX-512).
 
 The QTensor is read as it is: nothing is packed, and nothing is kept beside it but the grid.
 """
@@ -17,6 +17,17 @@ from .native_two_level import SUPER
 from .qtensor import QTensor
 from .spec import GRIDS
 
+# (table, group, bits of a scale's code): the forms of cpp/grids.h.
+_FORMS = {
+    ("iq1s", 32, 4),
+    ("iq1m", 16, 3),
+    ("iq2xxs", 32, 4),
+    ("iq2xs", 16, 4),
+    ("iq2s", 16, 4),
+    ("iq3xxs", 32, 4),
+    ("iq3s", 32, 4),
+}
+
 
 class _Weight(ctypes.Structure):
     """`grids::Weight` of cpp/grids.h."""
@@ -25,10 +36,7 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs", "places", "levels")),
         *((name, ctypes.c_int64) for name in ("n", "k", "words", "scale_words")),
         ("unit", ctypes.c_float),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("width", "index_bits", "indices", "sign_bits", "group", "scale_bits", "scale_mask")
-        ),
+        *((name, ctypes.c_int32) for name in ("width", "group")),
     )
 
 
@@ -66,7 +74,9 @@ def supports(q: QTensor) -> bool:
     level = spec.two_level
     if spec.table not in GRIDS or level is None or spec.rows != 1 or spec.view or q.shape[1] % SUPER:
         return False
-    whole = level[0] == "f16" and spec.group * level[1] == SUPER and spec.group in (16, 32) and spec.scale_code[0] < 8
+    whole = (
+        level[0] == "f16" and spec.group * level[1] == SUPER and (spec.table, spec.group, spec.scale_code[0]) in _FORMS
+    )
     return whole and native.best_path() in ("avx2", "avx512", "amx") and native.int8_activations()
 
 
@@ -78,9 +88,7 @@ def pack(q: QTensor) -> GridLinear:
     places, levels = _levels(spec.table, step)
     weight = _Weight(
         n=q.shape[0], k=q.shape[1], words=parts["codes"].shape[1], scale_words=parts["scales"].shape[1],
-        unit=table.factor / 2 * step, width=spec.width, index_bits=vectors.shape[0].bit_length() - 1,
-        indices=table.indices, sign_bits=table.signs, group=spec.group,
-        scale_bits=spec.scale_code[0], scale_mask=spec.scale_levels - 1,
+        unit=table.factor / 2 * step, width=spec.width, group=spec.group,
         codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
         vectors=vectors.data_ptr(), signs=None if signs is None else signs.data_ptr(),
         places=places.data_ptr(), levels=levels.data_ptr(),

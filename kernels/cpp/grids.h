@@ -15,8 +15,8 @@ constexpr int32_t BIAS = 128;
 // Mirrored by kernels/native_grids.py; only pointers, int64, float and int32 in this order.
 struct Weight {
   const uint32_t* codes;     // [n][words], `width` bits for 8 inputs: indices, then signs
-  const uint32_t* scales;    // [n][scale_words], `scale_bits` bits a group: 2 * (code & scale_mask) + 1 is the scale, the bit above
-                             // it (where there is one) the highest of the indices of the group's vectors
+  const uint32_t* scales;    // [n][scale_words], 3 or 4 bits a group: 2 * code + 1 is the scale; of iq1s three bits are, and the one above
+                             // them is the highest of the indices of the group's vectors
   const uint16_t* supers;    // float16 [n][k / 256]
   const int8_t* vectors;     // [2^index_bits][8 / indices], none of them 0
   const uint8_t* signs;      // [2^sign_bits][8], 0 or 255; or null
@@ -25,9 +25,7 @@ struct Weight {
   int64_t n, k;              // k a multiple of 256
   int64_t words, scale_words;
   float unit;                // of the scale
-  int32_t width, index_bits, indices, sign_bits, group, scale_bits, scale_mask;
-
-  int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
+  int32_t width, group;
 };
 
 // What is known of a grid's codes when compiling: GridCode of kernels/spec.py.
@@ -37,6 +35,8 @@ struct Form {
   static constexpr bool GROUP_SHIFT = GROUP_SHIFT_, SHIFT = SIGNS == 0;
   // Where signs, or the shift, begin; bits of a code.
   static constexpr int PLACE = INDEX_BITS * INDICES, WIDTH = PLACE + (SHIFT && !GROUP_SHIFT ? 1 : SIGNS);
+  // Of the code of a scale.
+  static constexpr uint32_t MASK = (1u << (SCALE_BITS - GROUP_SHIFT)) - 1;
   static constexpr int64_t GROUPS = SUPER / GROUP;
 };
 
@@ -66,6 +66,14 @@ inline Row row_at(const Weight& w, int64_t nb, int64_t r, int64_t s) {
           reinterpret_cast<const uint8_t*>(w.scales + at * w.scale_words) + s * F::GROUPS / 8 * F::SCALE_BITS};
 }
 
+// Eight codes of scales.
+template <class F>
+inline uint32_t eight_scales(const uint8_t* p) {
+  uint32_t found = 0;
+  for (int i = 0; i < F::SCALE_BITS; ++i) found |= static_cast<uint32_t>(p[i]) << (8 * i);
+  return found;
+}
+
 inline float super_of(const Weight& w, int64_t nb, int64_t r, int64_t s) {
   return w.unit * half_to_float(w.supers[std::min(nb * ROWS + r, w.n - 1) * (w.k / SUPER) + s]);
 }
@@ -87,23 +95,20 @@ inline uint64_t octet(const int8_t* vectors, const uint8_t* signs, uint32_t code
   return (numbers ^ negative) + (negative & 0x0101010101010101u);
 }
 
-// Super block s of 16 outputs: numbers [64 fours][16][4], scales of groups [16][16].
+// Super block s of 16 outputs: the numbers of each row, the scales of its groups.
 template <class F>
-void decode(const Weight& w, int64_t nb, int64_t s, int8_t* to, uint8_t (*scale)[ROWS]) {
+void decode(const Weight& w, int64_t nb, int64_t s, int8_t (*to)[SUPER], uint8_t (*scale)[ROWS]) {
   constexpr int32_t WIDTH = F::WIDTH, EIGHTH = F::GROUP / 8;
   // Copies: bytes written might be theirs otherwise.
   const int8_t* vectors = w.vectors;
   const uint8_t* signs = w.signs;
-  const uint32_t mask = static_cast<uint32_t>(w.scale_mask);
   for (int64_t r = 0; r < ROWS; ++r) {
     Row row = row_at<F>(w, nb, r, s);
     uint32_t high[F::GROUPS];
     for (int64_t g = 0; g < F::GROUPS; ++g) {
-      uint32_t eight = 0;
-      std::memcpy(&eight, row.scales + g / 8 * F::SCALE_BITS, F::SCALE_BITS);
-      const uint32_t code = eight >> (g % 8 * F::SCALE_BITS) & ((1u << F::SCALE_BITS) - 1);
-      scale[g][r] = static_cast<uint8_t>(2 * (code & mask) + 1);
-      high[g] = F::GROUP_SHIFT ? (code & ~mask) << (F::INDEX_BITS + 1 - F::SCALE_BITS) : 0;
+      const uint32_t code = eight_scales<F>(row.scales + g / 8 * F::SCALE_BITS) >> (g % 8 * F::SCALE_BITS) & ((1u << F::SCALE_BITS) - 1);
+      scale[g][r] = static_cast<uint8_t>(2 * (code & F::MASK) + 1);
+      high[g] = F::GROUP_SHIFT ? (code & ~F::MASK) << (F::INDEX_BITS + 1 - F::SCALE_BITS) : 0;
     }
     for (int64_t half = 0; half < 2; ++half, row.codes += 2 * WIDTH)
 #pragma GCC unroll 16
@@ -115,10 +120,7 @@ void decode(const Weight& w, int64_t nb, int64_t s, int8_t* to, uint8_t (*scale)
         code >>= o * WIDTH - 8 * at;
         if constexpr (F::GROUP_SHIFT) code = (code & ((1u << WIDTH) - 1)) | high[(half * 16 + o) / EIGHTH];
         const uint64_t numbers = octet<F>(vectors, signs, code);
-        int8_t* here = to + ((half * 16 + o) * 2 * ROWS + r) * 4;
-        std::memcpy(here, &numbers, 4);
-        const uint64_t upper = numbers >> 32;
-        std::memcpy(here + ROWS * 4, &upper, 4);
+        std::memcpy(to[r] + (half * 16 + o) * 8, &numbers, 8);
       }
   }
 }
@@ -127,7 +129,7 @@ void decode(const Weight& w, int64_t nb, int64_t s, int8_t* to, uint8_t (*scale)
 inline void rows(const Weight& w, const two_level::Weight&, const Input& x, int64_t nb, void* y, int32_t dtype) {
   std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
-    int8_t number[SUPER * ROWS];
+    int8_t number[ROWS][SUPER];
     uint8_t scale[16][ROWS];
     with_form(w, [&](auto form) { decode<decltype(form)>(w, nb, s, number, scale); });
     for (int64_t m = 0; m < x.m; ++m)
@@ -135,7 +137,7 @@ inline void rows(const Weight& w, const two_level::Weight&, const Input& x, int6
         for (int64_t r = 0; r < ROWS; ++r) {
           int32_t dot = 0;
           for (int64_t i = half * CHUNK; i < (half + 1) * CHUNK; ++i)
-            dot += number[(i / 4 * ROWS + r) * 4 + i % 4] * scale[i / w.group][r] * x.q[m * x.stride + s * SUPER + i];
+            dot += number[r][i] * scale[i / w.group][r] * x.q[m * x.stride + s * SUPER + i];
           totals[m * ROWS + r] += super_of(w, nb, r, s) * x.step[m * (w.k / CHUNK) + s * 2 + half] * static_cast<float>(dot);
         }
   }
@@ -149,16 +151,37 @@ using Rows = void (*)(const Weight&, const two_level::Weight& as, const Input&, 
 #if BITSMITH_X86
 namespace vectors {
 
+// [16][256] -> [64 fours][16][4]
+BITSMITH_256_INLINE void side_by_side(const int8_t (*from)[SUPER], uint8_t* to) {
+  for (int64_t r = 0; r < ROWS; r += 8)
+    for (int64_t i = 0; i < SUPER; i += 32) {
+      __m256i v[8], t[8];
+      for (int j = 0; j < 8; ++j) v[j] = avx2::word(reinterpret_cast<const uint8_t*>(from[r + j] + i));
+      for (int j = 0; j < 8; j += 2) t[j] = _mm256_unpacklo_epi32(v[j], v[j + 1]), t[j + 1] = _mm256_unpackhi_epi32(v[j], v[j + 1]);
+      for (int j = 0; j < 8; j += 4)
+        for (int h = 0; h < 2; ++h) {
+          v[j + 2 * h] = _mm256_unpacklo_epi64(t[j + h], t[j + h + 2]);
+          v[j + 2 * h + 1] = _mm256_unpackhi_epi64(t[j + h], t[j + h + 2]);
+        }
+      for (int j = 0; j < 8; ++j) {
+        const __m256i eight = j < 4 ? _mm256_permute2x128_si256(v[j], v[j + 4], 0x20) : _mm256_permute2x128_si256(v[j - 4], v[j], 0x31);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), eight);
+      }
+    }
+}
+
 template <class F>
 BITSMITH_256 void rows(const Weight& w, const two_level::Weight& as, const Input& x, int64_t nb, void* y, int32_t dtype) {
   static thread_local std::vector<float> totals;
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
-  alignas(32) uint8_t number[SUPER * ROWS];
+  alignas(32) int8_t number[ROWS][SUPER];
+  alignas(32) uint8_t codes[SUPER * ROWS];
   uint8_t scale[16][ROWS];
   two_level::vectors::Scales by{};
   const __m256 none[2] = {};
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
-    decode<F>(w, nb, s, reinterpret_cast<int8_t*>(number), scale);
+    decode<F>(w, nb, s, number, scale);
+    side_by_side(number, codes);
     for (int64_t g = 0; g < F::GROUPS; ++g)
       for (int64_t h = 0; h < 2; ++h) {
         const __m256i one = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale[g] + 8 * h)));
@@ -167,7 +190,7 @@ BITSMITH_256 void rows(const Weight& w, const two_level::Weight& as, const Input
     alignas(32) float super[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
     const __m256 d[2] = {_mm256_load_ps(super), _mm256_load_ps(super + 8)};
-    two_level::vectors::super_block<8, F::GROUP, true>(as, x, number, by, d, none, s, totals.data());
+    two_level::vectors::super_block<8, F::GROUP, true>(as, x, codes, by, d, none, s, totals.data());
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);

@@ -49,7 +49,7 @@ BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
   return _mm512_srlv_epi32(_mm512_permutexvar_epi8(load(FROM), _mm512_maskz_loadu_epi8(HAVE, p)), load(DOWN));
 }
 
-// Words of a table of 64 << LEVEL; high: bit 6 of each index, bit 7, ...
+// Words of a table of 64 << LEVEL (two vectors of indices at once, to load it half as often: IQ3_S 13 -> 18 cycles for 64 numbers); high: bit 6 of each index, bit 7, ...
 template <int LEVEL>
 BITSMITH_512_INLINE __m512i find(const uint16_t* words, __m512i index, const __mmask32* high) {
   if constexpr (LEVEL == 0) {
@@ -128,21 +128,21 @@ BITSMITH_512_INLINE void ahead(const uint8_t* p, int64_t size) {
 template <class F>
 BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Scales& by) {
   constexpr int64_t GROUPS = F::GROUPS;
-  alignas(64) uint32_t lane[GROUPS / 8][ROWS] = {};
+  alignas(64) uint32_t lane[GROUPS / 8][ROWS];
   const uint8_t* codes[ROWS];
   for (int64_t r = 0; r < ROWS; ++r) {
     const Row row = row_at<F>(w, nb, r, s);
     codes[r] = row.codes;
     ahead(row.codes + ROWS * 4 * w.words, 4 * F::WIDTH);
     ahead(row.scales + ROWS * 4 * w.scale_words, 1);
-    for (int64_t i = 0; i < GROUPS / 8; ++i) std::memcpy(&lane[i][r], row.scales + i * F::SCALE_BITS, F::SCALE_BITS);
+    for (int64_t i = 0; i < GROUPS / 8; ++i) lane[i][r] = eight_scales<F>(row.scales + i * F::SCALE_BITS);
   }
-  const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(w.scale_mask);
+  const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(F::MASK);
   __m512i shift[GROUPS];
   for (int64_t g = 0; g < GROUPS; ++g) {
     const __m512i code = _mm512_srli_epi32(_mm512_load_si512(lane[g / 8]), static_cast<uint32_t>(g % 8 * F::SCALE_BITS));
     by.scale[g] = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(code, mask), 1), _mm512_set1_epi32(1));
-    if constexpr (F::GROUP_SHIFT) shift[g] = shift_of(code, w.scale_mask + 1);
+    if constexpr (F::GROUP_SHIFT) shift[g] = shift_of(code, F::MASK + 1);
   }
   for (int64_t half = 0; half < 2; ++half) {
     __m512i code[16];

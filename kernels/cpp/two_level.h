@@ -212,8 +212,8 @@ BITSMITH_256_INLINE void values(const int8_t* table, __m256i (&v)[16]) {
 template <int BITS, int GROUP, bool TABLE, int MR, bool PACKED = false>
 BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, const __m256 (&d)[2], const __m256 (&dmin)[2],
                                int64_t at, int64_t half, int64_t m0, float* total) {
-  // Byte vectors whose products fit 16 bits.
-  constexpr int FIT = TABLE ? 1 : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
+  // Byte vectors whose products fit 16 bits; values of tables of 4 bits reach 127, others (grids.h) 62.
+  constexpr int FIT = TABLE ? (BITS == 4 ? 1 : 2) : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
   const int8_t* q[MR];
   const int16_t* sums[MR];
   for (int m = 0; m < MR; ++m) {
@@ -240,7 +240,8 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
           std::memcpy(&four, q[m] + b * BLOCK + 4 * j, 4);
           const __m256i inputs = _mm256_set1_epi32(four);
           for (int h = 0; h < 2; ++h) {
-            if constexpr (TABLE) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
+            if constexpr (TABLE && FIT == 1) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
+            else if constexpr (TABLE) sum[m][h] = avx2::added(sum[m][h], _mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
             else sum[m][h] = avx2::added(sum[m][h], c[h], inputs);
           }
         }
@@ -259,9 +260,13 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
     const __m256 step = _mm256_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
     for (int h = 0; h < 2; ++h) {
       float* to = total + (m0 + m) * ROWS + 8 * h;
-      __m256 value = w.mins ? _mm256_mul_ps(_mm256_cvtepi32_ps(dot[m][h]), d[h]) : _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[m][h], low[m][h])), d[h]);
-      if (w.mins) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[m][h]), dmin[h], value);
-      _mm256_storeu_ps(to, _mm256_fmadd_ps(value, step, _mm256_loadu_ps(to)));
+      const __m256 all = _mm256_loadu_ps(to);
+      if (!w.mins) {
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[m][h], low[m][h])), _mm256_mul_ps(d[h], step), all));
+        continue;
+      }
+      const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[m][h]), dmin[h], _mm256_mul_ps(_mm256_cvtepi32_ps(dot[m][h]), d[h]));
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(value, step, all));
     }
   }
 }
