@@ -18,7 +18,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ SPECS = (
     "affine4.g128.sym",
     "affine4.g32.asym",
     "affine4.g64.zf16",
+    "affine4.g64.zbf16.bf16",
     "affine4.channel.sym",
     "affine5.g128.asym",
     "affine6.g128.asym",
@@ -69,6 +70,7 @@ SPECS = (
     "codebook1.sign.g128",
     "codebook4.iq4nl.g32.s6:f16:8",
     "codebook4.rowtable.channel",
+    "codebook8.v4.channel",
     "codebook8.v8.x2.channel",
     "codebook12.v8.channel",
     "codebook16.v8.channel",
@@ -87,6 +89,19 @@ SPECS = (
     "trellis7.mul1",
     "trellis8.mcg",
 )
+# Compiled for float16 too where bfloat16 is usual: a weight of each family, and what surrounds the products.
+HALF = {
+    "affine4.g128.asym",
+    "minifloat8.e4m3.channel.f32",
+    "codebook4.nf4.g64.u8:f32:256",
+    "trellis3.mcg",
+    "affine8.channel.sym",
+    "llama",
+    "half",
+    "silu",
+    "had128",
+    "kv.none.d128",
+}
 # Modules with an `aot_cases`, in the order of the table.
 # The last by name alone, being above this folder: codecs bring device code of their own.
 MODULES = ("cuda", "grouped", "scaled", "fused", "sample", "transform_device", "paged", ".kv_quant.base")
@@ -113,11 +128,20 @@ class Row:
 
 
 def cases(target: str) -> Iterator[Case]:
-    """Everything that would be launched on `target`, module by module."""
-    where = Target(target, int(target[3:]) if target.startswith("sm_") else 80)
+    """Everything that would be launched on `target`, module by module; then some of it for a model in float16, where
+    that is not what the rest is in."""
+    capability = int(target[3:]) if target.startswith("sm_") else 80
+    yield from _cases(Target(target, capability, "bf16" if capability >= 80 else "fp16"))
+    if capability >= 80:
+        for case in _cases(Target(target, capability, "fp16")):
+            if case.spec in HALF:
+                yield replace(case, spec=f"{case.spec}.fp16")
+
+
+def _cases(target: Target) -> Iterator[Case]:
     weights = [Weight(spec, _pointers(spec)) for spec in map(Spec.parse, SPECS)]
     for module in MODULES:
-        yield from import_module(f".{module}", __package__).aot_cases(where, weights)
+        yield from import_module(f".{module}", __package__).aot_cases(target, weights)
 
 
 def table(

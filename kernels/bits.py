@@ -6,14 +6,18 @@ of every family but the trellis: `codes` int32 [rows, ceil(columns*bits/32)]. Co
 vectors (kernels/codebook.py).
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from . import ops
+from .library import library
+from .paths import native_allowed
+
 # Rows unpacked at a time: the int64 intermediate of a 14336-wide row stays under 64 MB.
 _ROWS = 512
-# Codes up to which ten operators beat one for each of 32 lanes: a row of an embedding takes 43 us, not 350; from some
-# millions on they take half as long again.
-_FEW = 1 << 16
 
 
 def words(columns: int, bits: int) -> int:
@@ -52,47 +56,82 @@ def _pack_aligned(codes: Tensor, bits: int) -> Tensor:
     return packed.view(torch.int32)
 
 
+def row_bytes(packed: Tensor) -> Tensor:
+    """int32 [R, W] of any strides -> uint8 [R, 4 * W], contiguous."""
+    # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
+    return packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+
+
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 [R, words(columns, bits)] -> [R, columns], uint8 up to 8 bits, else int32: the inverse of `pack`."""
+    # A byte a code is a view.
+    if bits != 8 and packed.is_cpu and native_allowed() and library() is not None:
+        found: Tensor = _codes(packed, bits, columns)
+        return found
+    return unpack_twin(packed, bits, columns)
+
+
+def unpack_twin(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """`unpack` by torch's operators."""
     if bits in (1, 2, 4, 8):
-        # Flat first: a [R, 1] transpose counts as contiguous, yet cannot be viewed as bytes.
-        lanes = packed.contiguous().view(-1).view(torch.uint8).view(packed.shape[0], 4 * packed.shape[1])
+        lanes = row_bytes(packed)
         if bits < 8:
             mask = (1 << bits) - 1
             lanes = torch.stack([(lanes >> (i * bits)) & mask for i in range(8 // bits)], -1).flatten(1)
         return lanes[:, :columns]
-    dtype = torch.uint8 if bits < 8 else torch.int32
-    if packed.shape[0] * columns <= _FEW:
-        return _unpack_few(packed, bits, columns).to(dtype)
-    out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
+    out = torch.empty(packed.shape[0], columns, dtype=_dtype(bits), device=packed.device)
     for start in range(0, packed.shape[0], _ROWS):
         out[start : start + _ROWS] = _unpack_stream(packed[start : start + _ROWS], bits, columns)
     return out
 
 
-def _stream(packed: Tensor, groups: int, bits: int) -> Tensor:
-    """Unsigned words of `groups` times 32 codes and one more, int64 [R, groups * bits + 1]."""
-    stream = torch.zeros(packed.shape[0], groups * bits + 1, dtype=torch.int64, device=packed.device)
-    stream[:, : packed.shape[1]] = packed.to(torch.int64) & 0xFFFFFFFF
-    return stream
-
-
-def _unpack_few(packed: Tensor, bits: int, columns: int) -> Tensor:
-    groups = -(-columns // 32)
-    stream = _stream(packed, groups, bits)
-    pairs = (stream[:, :-1] | stream[:, 1:] << 32).unflatten(1, (groups, bits))
-    at = torch.arange(32, device=packed.device) * bits
-    return (pairs[..., at >> 5] >> (at & 31) & ((1 << bits) - 1)).flatten(1)[:, :columns]
+def _dtype(bits: int) -> torch.dtype:
+    return torch.uint8 if bits <= 8 else torch.int32
 
 
 def _unpack_stream(packed: Tensor, bits: int, columns: int) -> Tensor:
     groups = -(-columns // 32)
-    stream = _stream(packed, groups, bits)
+    stream = torch.zeros(packed.shape[0], groups * bits + 1, dtype=torch.int64, device=packed.device)
+    stream[:, : packed.shape[1]] = packed.to(torch.int64) & 0xFFFFFFFF
     lanes = []
     for lane in range(32):
         word, shift = divmod(lane * bits, 32)
         value = stream[:, word : word + (groups - 1) * bits + 1 : bits] >> shift
         if shift + bits > 32:
             value = value | (stream[:, word + 1 : word + 2 + (groups - 1) * bits : bits] << (32 - shift))
-        lanes.append((value & ((1 << bits) - 1)).to(torch.uint8 if bits < 8 else torch.int32))
+        lanes.append((value & ((1 << bits) - 1)).to(_dtype(bits)))
     return torch.stack(lanes, -1).flatten(1)[:, :columns]
+
+
+def _dense(packed: Tensor) -> bool:
+    return packed.shape[1] == 1 or packed.stride(1) == 1
+
+
+def _codes_call(out: Tensor, packed: Tensor, bits: int) -> ops.Call:
+    lib = library()
+    assert lib is not None
+    return partial(
+        lib.bitsmith_codes, packed.data_ptr(), packed.stride(0), *out.shape, bits, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _codes_real(packed: Tensor, bits: int, columns: int) -> Tensor:
+    out = _codes_fake(packed, bits, columns)
+    packed = packed if _dense(packed) else packed.contiguous()
+    if out.numel():
+        _codes_call(out, packed, bits)()
+    return out
+
+
+def _codes_fake(packed: Tensor, bits: int, columns: int) -> Tensor:
+    return packed.new_empty(packed.shape[0], columns, dtype=_dtype(bits))
+
+
+def _codes_bind(results: Sequence[Tensor], packed: Tensor, bits: int, columns: int) -> ops.Call | None:
+    return _codes_call(results[0], packed, bits) if _dense(packed) else None
+
+
+_codes = ops.define(
+    "native_codes(Tensor packed, int bits, int columns) -> Tensor", _codes_real, _codes_fake, _codes_bind
+)

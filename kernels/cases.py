@@ -25,11 +25,8 @@ class Target:
     name: str
     # 10 * major + minor; AMD counts as 80 (matrix cores, bfloat16).
     capability: int
-
-    @property
-    def dtype(self) -> str:
-        """Triton's name of the 16-bit float models run in there."""
-        return "bf16" if self.capability >= 80 else "fp16"
+    # Triton's name of the 16-bit float that models run in.
+    dtype: str
 
     @property
     def amd(self) -> bool:

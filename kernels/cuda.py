@@ -233,8 +233,11 @@ KERNELS = (("gemv", 1), ("gemv", 8), ("gemm", 16), ("dequant", 128))
 
 
 def aot_cases(target: Target, weights: Sequence[Weight], shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
-    """Every template and weight. Only sm_80 and newer launch gemm; the others compile it as sm_80 would launch it, to
-    know that they can."""
+    """Every template and weight, and the sum of a split. Only sm_80 and newer launch gemm; the others compile it as
+    sm_80 would launch it, to know that they can."""
+    types = {"partial": "*fp32", "y": f"*{target.dtype}", "S": "i32", "SIZE": "i32"}
+    sizes, options = {"BLOCK": _SUM_BLOCK}, {"num_warps": 4, **EXACT}
+    yield Case("split_sum", 1, "", "matmul", matmul.split_sum, types, sizes, options, target.dtype)
     for weight in weights:
         for kernel, rows in KERNELS:
             how = plan(rows, shape, max(target.capability, 80) if kernel == "gemm" else target.capability)

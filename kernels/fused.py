@@ -168,7 +168,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, form: str) -> Tensor:
     return norm_twin(x, weight, eps, form).contiguous()
 
 
-def _bind_norm(y: Sequence[Tensor], x: Tensor, weight: Tensor, eps: float, form: str) -> native_layer.Call | None:
+def _bind_norm(y: Sequence[Tensor], x: Tensor, weight: Tensor, eps: float, form: str) -> ops.Call | None:
     if takes_triton(x) or not native_layer.usable(x, weight) or _moved(_rows(x), x):
         return None
     return native_layer.norm(y[0], _rows(x), weight, eps, FORMS.index(form))
@@ -203,17 +203,11 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> 
 
 def _bind_rope(
     y: Sequence[Tensor], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-) -> native_layer.Call | None:
+) -> tuple[ops.Call, ...] | None:
     dense = cos.is_contiguous() and sin.is_contiguous()
     if takes_triton(q) or not dense or not native_layer.usable(q, k, cos, sin):
         return None
-    of_q, of_k = (native_layer.turn(to, x, cos, sin, interleaved) for to, x in zip(y, (q, k), strict=True))
-
-    def both() -> None:
-        of_q()
-        of_k()
-
-    return both
+    return tuple(native_layer.turn(to, x, cos, sin, interleaved) for to, x in zip(y, (q, k), strict=True))
 
 
 def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
@@ -235,7 +229,7 @@ def _gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     return y
 
 
-def _bind_gated(y: Sequence[Tensor], gate: Tensor, up: Tensor, act: str) -> native_layer.Call | None:
+def _bind_gated(y: Sequence[Tensor], gate: Tensor, up: Tensor, act: str) -> ops.Call | None:
     if takes_triton(gate) or not native_layer.usable(gate, up):
         return None
     a, b = (x.reshape(-1, x.shape[-1]) for x in (gate, up))

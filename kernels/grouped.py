@@ -257,13 +257,18 @@ multiply = ops.define(
     _multiply_fake,
 )
 
-# 8 experts of 64 tokens' two choices, and one token with 8 of 128 experts.
-_AOT = ((128, 64, 2), (8, 128, 8))
+# (pairs, experts, pairs that share a row of x, whether rows are weighted): two experts of 64 for each of 64 tokens, and
+# 8 of 128 for one. The second products of a layer, and more rows an expert, for one weight.
+_AOT = ((128, 64, 2, False), (8, 128, 8, False))
+_AOT_SECOND = ((128, 64, 1, True), (8, 128, 1, True), (4096, 64, 1, True))
 _AOT_SPECS = (
     "affine4.g128.asym",
     "affine4.g32.min.u6:f16:8",
     "minifloat8.e4m3.channel.f32",
+    "minifloat4.e2m1.g32.e8m0",
     "codebook4.nf4.g64.u8:f32:256",
+    "codebook8.v8.x2.channel",
+    "codebook26.iq3s.v8.g32.u4:f16:8",
 )
 
 
@@ -273,27 +278,33 @@ def _types(pointers: Parts) -> Parts:
 
 
 def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
-    """Both bodies, for one weight of each kind of metadata, and the sort."""
+    """Both bodies, for one weight of each kind of metadata and decode, and the sort. Not the trellis: those that files
+    hold have steps around them."""
     types = {"experts": "*i64", "order": "*i64", "starts": "*i32", "P": "i32", "E": "i32"}
     sizes = {"PAIRS": _ROUTE_PAIRS, "EXPERTS": 256}
     yield Case("route", 8, "", "grouped", route_kernel, types, sizes, {"num_warps": 4, **EXACT}, target.dtype)
     for weight in weights:
-        if str(weight.spec) not in _AOT_SPECS:
-            continue
-        for pairs, experts, repeat in _AOT:
-            how = plan(pairs, experts, target.capability)
-            if how.kernel == "dequant":
-                continue
-            arguments = {
-                "x": f"*{target.dtype}", "parts": weight.pointers, "y": f"*{target.dtype}", "order": "*i64",
-                "starts": "*i32", "weights": None, "strides": _types(weight.pointers), "N": "i32", "K": "i32",
-                "E": "i32",
-            }  # fmt: skip
-            constants = {
-                "SPEC": weight.spec, "TRIPLE": triple(weight.spec.family), "REPEAT": repeat,
-                "EXPERTS": power_of_two(experts + 1), "DOT": how.kernel == "gemm", **how.tile,
-            }  # fmt: skip
-            yield Case(
-                f"grouped_{how.kernel}", pairs, str(weight.spec), weight.spec.family, grouped, arguments, constants,
-                how.options, target.dtype,
-            )  # fmt: skip
+        if str(weight.spec) in _AOT_SPECS:
+            first = str(weight.spec) == _AOT_SPECS[0]
+            for shape in (*_AOT, *(_AOT_SECOND if first else ())):
+                yield from _grouped_case(target, weight, *shape)
+
+
+def _grouped_case(
+    target: Target, weight: Weight, pairs: int, experts: int, repeat: int, weighted: bool
+) -> Iterator[Case]:
+    spec, how = weight.spec, plan(pairs, experts, target.capability)
+    if how.kernel == "dequant":
+        return
+    arguments = {
+        "x": f"*{target.dtype}", "parts": weight.pointers, "y": f"*{target.dtype}", "order": "*i64", "starts": "*i32",
+        "weights": "*fp32" if weighted else None, "strides": _types(weight.pointers), **dict.fromkeys("NKE", "i32"),
+    }  # fmt: skip
+    constants = {
+        "SPEC": spec, "TRIPLE": triple(spec.family), "REPEAT": repeat, "EXPERTS": power_of_two(experts + 1),
+        "DOT": how.kernel == "gemm", **how.tile,
+    }  # fmt: skip
+    name = f"{spec}.weighted" if weighted else str(spec)
+    yield Case(
+        f"grouped_{how.kernel}", pairs, name, spec.family, grouped, arguments, constants, how.options, target.dtype
+    )

@@ -27,9 +27,9 @@ from torch import Tensor
 from . import bits, blocks, ops
 from .blocks import BLOCK, ROWS
 from .families import family
+from .library import library as library
 from .native_inputs import int8_activations as int8_activations
 from .native_inputs import rounded_activations as rounded_activations
-from .native_library import library as library
 from .pages import large_pages
 from .pages import on_large_pages as on_large_pages
 from .pieces import straighten

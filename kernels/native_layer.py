@@ -7,7 +7,7 @@ call that fills `y`, to be made while its tensors live: once, or again and again
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +18,6 @@ from . import native, ops
 from .paths import native_allowed
 
 LARGEST_KEY_DIM = 256
-Call = Callable[[], object]
 
 
 class _Attention(ctypes.Structure):
@@ -44,7 +43,8 @@ def _library() -> ctypes.CDLL | None:
     lib.bitsmith_attend.argtypes = [p, number, number]
     lib.bitsmith_add.argtypes = [p, p, p, size, number]
     lib.bitsmith_scatter.argtypes = [p, size, p, p, size, size, size]
-    for name in ("norm", "gated", "rope", "attend", "add", "scatter"):
+    lib.bitsmith_gather.argtypes = [p, size, size, p, p, size, size]
+    for name in ("norm", "gated", "rope", "attend", "add", "scatter", "gather"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -65,7 +65,7 @@ def _strange(t: Tensor) -> bool:
     return t.dtype is not torch.bfloat16 or t.stride(-1) != 1 or not t.is_cpu
 
 
-def norm(y: Tensor, rows: Tensor, weight: Tensor, eps: float, form: int) -> Call:
+def norm(y: Tensor, rows: Tensor, weight: Tensor, eps: float, form: int) -> ops.Call:
     """rows [A, B, W], weight [W], both `usable`; form: its place in fused.FORMS -> y of as many numbers, contiguous."""
     return partial(
         _functions().bitsmith_norm, rows.data_ptr(), weight.data_ptr(), y.data_ptr(), rows.shape[0] * rows.shape[1],
@@ -73,7 +73,7 @@ def norm(y: Tensor, rows: Tensor, weight: Tensor, eps: float, form: int) -> Call
     )  # fmt: skip
 
 
-def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> Call:
+def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> ops.Call:
     """gate and up [M, W], both `usable`; act: its place in fused.ACTS -> y of as many numbers, contiguous."""
     return partial(
         _functions().bitsmith_gated, gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0),
@@ -81,7 +81,7 @@ def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> Call:
     )  # fmt: skip
 
 
-def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Call:
+def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> ops.Call:
     """Rotary embedding of one of q and k: x [T, H, D], `usable`; cos and sin [T, R], contiguous -> y [T, H, D]."""
     return partial(
         _functions().bitsmith_rope, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *x.shape, cos.shape[1],
@@ -89,7 +89,7 @@ def turn(y: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> C
     )  # fmt: skip
 
 
-def _add_call(results: Sequence[Tensor], a: Tensor, b: object, alpha: float = 1) -> Call | None:
+def _add_call(results: Sequence[Tensor], a: Tensor, b: object, alpha: float = 1) -> ops.Call | None:
     """torch's own sum as a call of the library; None where it is another one than that of a residual."""
     y = results[0]
     if not isinstance(b, Tensor) or a.shape != b.shape or alpha != 1 or not usable(a, b, y):
@@ -106,6 +106,32 @@ def _add_call(results: Sequence[Tensor], a: Tensor, b: object, alpha: float = 1)
 ops.BINDS[torch.ops.aten.add.Tensor] = _add_call
 
 
+def _rows_call(results: Sequence[Tensor], x: Tensor, dim: int, rows: Tensor) -> ops.Call | None:
+    """torch's own index_select of rows of x as a call of the library; None where it is another one."""
+    y = results[0]
+    if dim or not native_allowed() or _library() is None or not x.is_cpu or rows.dtype is not torch.int64:
+        return None
+    if not (x[:1].is_contiguous() and y.is_contiguous() and rows.is_contiguous()):
+        return None
+    return partial(
+        _functions().bitsmith_gather, x.data_ptr(), x.stride(0) * x.element_size(), x.shape[0], rows.data_ptr(),
+        y.data_ptr(), rows.shape[0], y.stride(0) * y.element_size(),
+    )  # fmt: skip
+
+
+def _index_call(results: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor | None]) -> ops.Call | None:
+    """x[:, rows] of x [1, T, ...], as models take the rows whose logits are wanted."""
+    rows = indices[-1]
+    if len(indices) != 2 or indices[0] is not None or rows is None or rows.dim() != 1 or x.shape[0] != 1:
+        return None
+    return _rows_call([results[0][0]], x[0], 0, rows)
+
+
+# torch's took 80 to 200 us of one row of 2048: its threads were asleep.
+ops.BINDS[torch.ops.aten.index_select.default] = _rows_call
+ops.BINDS[torch.ops.aten.index.Tensor] = _index_call
+
+
 def scatters(part: Tensor, x: Tensor, slots: Tensor) -> bool:
     """Whether `scatter` takes them: on the CPU, one dtype, rows dense, slots int64."""
     return (
@@ -120,7 +146,7 @@ def scatters(part: Tensor, x: Tensor, slots: Tensor) -> bool:
     )
 
 
-def _scatter_call(part: Tensor, x: Tensor, slots: Tensor) -> Call:
+def _scatter_call(part: Tensor, x: Tensor, slots: Tensor) -> ops.Call:
     row = part[0].numel() * part.element_size()
     return partial(
         _functions().bitsmith_scatter, x.data_ptr(), x.stride(0) * x.element_size(), slots.data_ptr(), part.data_ptr(),
@@ -141,7 +167,7 @@ scatter = ops.define(
 def _attend_call(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
     scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
-) -> Call:  # fmt: skip
+) -> ops.Call:  # fmt: skip
     what = _Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],

@@ -13,7 +13,8 @@ arguments. A weight travels as `Tensor?[] parts` (tiles.Parts, in order) and `st
 inputs of a compiled graph, and nothing is looked up in a registry of ours.
 
 An operator may come with a `bind`: (its results, its arguments) -> a function of nothing that computes the results
-again, or None for arguments it has no such function for. recording.py repeats a step on the CPU through it.
+again (or several, to be called in order), or None for arguments it has no such function for. recording.py repeats a
+step on the CPU through it.
 
 CUDA graphs need none of this: they record launches. What they forbid is a read back to the host, so an operator says
 in its docstring where it does one.
@@ -30,15 +31,17 @@ import torch
 
 NAMESPACE = "bitsmith"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+Call = Callable[[], object]
+Bind = Callable[..., Call | tuple[Call, ...] | None]
 # Of operators that have one.
-BINDS: dict[Any, Callable[..., Callable[[], object] | None]] = {}
+BINDS: dict[Any, Bind] = {}
 
 
 def define(
     schema: str,
     real: Callable[..., Any],
     fake: Callable[..., Any],
-    bind: Callable[..., Callable[[], object] | None] | None = None,
+    bind: Bind | None = None,
 ) -> Any:
     """Register `schema` under bitsmith:: with its implementation for every device and its fake -> the operator."""
     name = schema.partition("(")[0]

@@ -216,7 +216,8 @@ def _say(message: str) -> None:
     log.warning(message)
 
 
-AOT_DIMS = ((64, 64), (128, 128), (256, 256), (576, 512))
+# The last two are those of latent attention: as heads, and as the latent vectors themselves.
+AOT_DIMS = ((64, 64), (128, 128), (256, 256), (192, 128), (576, 512))
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -236,16 +237,27 @@ def aot_cases(target: Target, weights: Sequence[Weight]) -> Iterator[Case]:
 
 
 def codec_cases(name: str, codec: str, dtypes: Sequence[torch.dtype], target: Target) -> Iterator[Case]:
-    """One codec's attention (decode rows with a split, prefill without; 4 query heads per KV head) and store.
+    """One codec's attention (decode rows with a split, prefill without, and once the other way round; 4 query heads per
+    KV head) and store.
 
     dtypes: of the codec's parts.
     """
     parts = tuple(_POINTERS[dtype] for dtype in dtypes)
     for dims in AOT_DIMS:
         for decode in (True, False):
-            yield _attend_case(f"kv.{name}.d{dims[0]}", parts, codec, Heads(4, *dims), decode, target)
-    spec = f"kv.{name}.d128.window.softcap.sinks"
-    yield _attend_case(spec, parts, codec, Heads(4, 128, 128), False, target, window=4096, softcap=50.0, sinks=True)
+            yield _attend_case(f"kv.{name}.d{dims[0]}", parts, codec, Heads(4, *dims), decode, decode, target)
+    heads, masks = Heads(4, 128, 128), (4096, 50.0, True)
+    for decode in (True, False):
+        spec = f"kv.{name}.d128." + ("whole" if decode else "split")
+        yield _attend_case(spec, parts, codec, heads, decode, not decode, target)
+        spec = f"kv.{name}.d128.window.softcap.sinks"
+        yield _attend_case(spec, parts, codec, heads, decode, decode, target, *masks)
+    for key_dim, value_dim in ((128, 128), (576, 512)):
+        yield _store_case(f"kv.{name}.d{key_dim}", parts, codec, key_dim, value_dim, target)
+
+
+def _store_case(spec: str, parts: tuple[str, ...], codec: str, key_dim: int, value_dim: int, target: Target) -> Case:
+    widths = power_of_two(key_dim), power_of_two(value_dim)
     arguments = {
         **dict.fromkeys(("key", "value"), f"*{target.dtype}"),
         "slots": "*i64",
@@ -253,15 +265,16 @@ def codec_cases(name: str, codec: str, dtypes: Sequence[torch.dtype], target: Ta
         "parts_v": parts,
         **dict.fromkeys(("tokens", "stride_key", "stride_key_head", "stride_value", "stride_value_head"), "i32"),
     }
-    constants = {"CODEC": device_functions(codec), "HEADS": 8, "D": 128, "DV": 128, "WD": 128, "WV": 128, "BR": 8}
+    constants = {
+        "CODEC": device_functions(codec), "HEADS": 8, "D": key_dim, "DV": value_dim, "WD": widths[0], "WV": widths[1],
+        "BR": max(1, _STORE_NUMBERS // max(widths)),
+    }  # fmt: skip
     options = {"num_warps": 4, **EXACT}
-    yield Case(
-        "kv_store", 1, f"kv.{name}.d128", "attention", kernels.store, arguments, constants, options, target.dtype
-    )
+    return Case("kv_store", 1, spec, "attention", kernels.store, arguments, constants, options, target.dtype)
 
 
 def _attend_case(
-    spec: str, parts: tuple[str, ...], codec: str, heads: Heads, decode: bool, target: Target,
+    spec: str, parts: tuple[str, ...], codec: str, heads: Heads, decode: bool, split: bool, target: Target,
     window: int | None = None, softcap: float | None = None, sinks: bool = False,
 ) -> Case:  # fmt: skip
     how = tile(heads, 2, decode, Gpu(target.capability, 108, target.amd))
@@ -269,8 +282,8 @@ def _attend_case(
         "q": f"*{target.dtype}",
         "parts_k": parts,
         "parts_v": parts,
-        "out": "*fp32" if decode else f"*{target.dtype}",
-        "lse": "*fp32" if decode else None,
+        "out": "*fp32" if split else f"*{target.dtype}",
+        "lse": "*fp32" if split else None,
         "sinks": f"*{target.dtype}" if sinks else None,
         **dict.fromkeys(("cu_q", "context_len", "block_table"), "*i32"),
         **dict.fromkeys(("first", "seqs", "rows", "stride_row", "stride_head", "stride_table"), "i32"),
@@ -278,7 +291,7 @@ def _attend_case(
     }
     constants = {
         "CODEC": device_functions(codec), "BLOCK_SIZE": 16, "WINDOW": window, "SOFTCAP": softcap,
-        "DECODE": decode, "SPLIT": decode, **heads.constants, "BM": how.BM, "BN": how.BN,
+        "DECODE": decode, "SPLIT": split, **heads.constants, "BM": how.BM, "BN": how.BN,
     }  # fmt: skip
     options = {"num_warps": how.num_warps, "num_stages": how.num_stages, **EXACT}
     kernel, rows = ("attend_decode", 1) if decode else ("attend_prefill", 512)

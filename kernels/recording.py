@@ -4,7 +4,8 @@ to a CPU what a CUDA graph is to a GPU.
 At one token a step a 1.1 B Llama spends 8 of 30 ms in module calls, views, argument checks and dispatch; the list needs
 0.9 ms. Recorded is what torch's dispatcher sees: each operator with its arguments, and the tensors it returned, which
 stay. Repeating calls the operators in order; what each returns is written where its first result lies, operators of
-ops.py write there themselves through their `bind`, and views are skipped. So the function must do the same for any
+ops.py write there themselves through their `bind`, those of the native library that follow each other as one call
+(chain.py), and views are skipped. So the function must do the same for any
 contents of its tensors: whatever reads a tensor back to Python, or gives results whose shape depends on contents,
 raises Unrecordable.
 """
@@ -21,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import ops
+from .chain import merged
 
-Call = Callable[[], object]
 _READS = {
     getattr(Tensor, name)
     for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -38,7 +39,7 @@ class Unrecordable(Exception):
 class Recording:
     """Made by `record`. Holds every tensor of the recorded run."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[ops.Call, ...]
     # Arguments and results, for the calls that know them by address only.
     held: tuple[object, ...]
     output: Tensor
@@ -55,11 +56,11 @@ def record(function: Callable[[], Tensor]) -> Recording:
 
     To be called, and the recording too, in inference mode. Raises Unrecordable.
     """
-    calls: list[Call] = []
+    calls: list[ops.Call] = []
     held: list[object] = []
     with _Reads(), _Recorder(calls, held):
         output = function()
-    return Recording(tuple(calls), tuple(held), output)
+    return Recording(tuple(merged(calls)), tuple(held), output)
 
 
 class _Reads(TorchFunctionMode):
@@ -72,7 +73,7 @@ class _Reads(TorchFunctionMode):
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list[Call], held: list[object]) -> None:
+    def __init__(self, calls: list[ops.Call], held: list[object]) -> None:
         super().__init__()
         self._calls, self._held = calls, held
 
@@ -92,12 +93,14 @@ class _Recorder(TorchDispatchMode):
         fresh = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and _storage(leaf) not in known]
         bind = ops.BINDS.get(func)
         bound = bind and bind(fresh, *args, **kwargs) if fresh or func._schema.is_mutable else None
-        if func._schema.is_mutable:
-            if fresh:
-                raise Unrecordable(f"{func}: it writes an argument and returns another tensor")
-            self._calls.append(bound or partial(func, *args, **kwargs))
+        if func._schema.is_mutable and fresh:
+            raise Unrecordable(f"{func}: it writes an argument and returns another tensor")
+        if bound:
+            self._calls.extend(bound if isinstance(bound, tuple) else (bound,))
+        elif func._schema.is_mutable:
+            self._calls.append(partial(func, *args, **kwargs))
         elif fresh:
-            self._calls.append(bound or partial(_again, fresh, func, args, kwargs))
+            self._calls.append(partial(_again, fresh, func, args, kwargs))
         self._held.append((args, kwargs, result))
         return result
 

@@ -5,10 +5,12 @@ weight is decoded.
     kind   weight                                            instruction             runs where
     int8   affine8 .sym, a scale a row or group              int8 x int8 -> int32    sm_80 and newer, AMD
     fp8    minifloat8.e4m3, per tensor, row, group or tile   e4m3 x e4m3 -> float32  sm_89 and newer
-    mx     minifloat8.e4m3.g32.e8m0                          scaled e4m3 blocks      sm_100 and sm_103 (tcgen05)
+    mx     minifloat8.e4m3.g32.e8m0 (MXFP8), and             scaled e4m3 blocks      sm_100 and sm_103 (tcgen05)
+           minifloat4.e2m1.g32.e8m0 (MXFP4)                  e4m3 x e2m1             the same
 
 Elsewhere dispatch rounds the activations and decodes the weights: the same product, by other means. sm_75 has an int8
-instruction that Triton does not emit; sm_120 runs `tl.dot_scaled` as bfloat16; gfx942's E4M3 is another format.
+instruction that Triton does not emit; on sm_120 Triton has one for MXFP8 and multiplies MXFP4 by E4M3 in bfloat16;
+gfx942's E4M3 is another format.
 
   x        the quantized activations, int8 | float8e4nv [M, K]
   steps    float32 [M, 1], [M, G]; mx: uint8 [M, G]
@@ -18,8 +20,10 @@ instruction that Triton does not emit; sm_120 runs `tl.dot_scaled` as bfloat16; 
   y        [S, M, N] as in matmul.py, float32 partial sums where the split of K is above 1
 
 int8 products are exact. FP8 products are added in float32 every BK inputs: Hopper's tensor cores keep 14 bits of a sum.
-Left out: `torch._scaled_mm` and `_int_mm` for many rows, 4-bit weights times int8 (decoded), FP4 activations. The
-kernel for MX takes E2M1 weights (MXFP4) too; no spec leads there yet.
+Left out: `torch._scaled_mm` and `_int_mm` for many rows; 4-bit weights times int8 (decoded); MXFP8 on sm_120; FP4
+activations. NVFP4 on both sides would need them: Triton 3.6 to 3.9 compile `tl.dot_scaled` of E2M1 by E2M1 with E4M3
+scales of 16 to kind::mxf4nvf4 on sm_100, sm_103 and sm_120. (Of E4M3 by E2M1 with such scales they make kind::mxf8f6f4
+without a word, which reads scales as E8M0 of 32.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import activation, ops
+from . import activation, bits, ops
 from .cases import Case, Target, Weight
 from .cuda import parse, processors_of
 from .lang import EXACT, HAVE_TRITON, jit, tl
@@ -43,6 +47,7 @@ LEAST = {"int8": 80, "fp8": 89, "mx": 100}
 _MX_BELOW = 110
 _SUM_BLOCK = 1024
 _TORCH = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "mx": torch.float8_e4m3fn}
+_WEIGHTS = {"e4m3": torch.float8_e4m3fn, "e2m1": torch.uint8}
 
 
 @jit
@@ -199,8 +204,8 @@ def layout_problem(spec: Spec, k: int) -> str:
     kind = activation.kind(spec)
     if kind == "int8" and (spec.family, spec.bits, spec.zero) != ("affine", 8, "sym"):
         return f"{spec}: only symmetric 8-bit codes are int8 as they are"
-    if kind != "int8" and spec.table != "e4m3":
-        return f"{spec}: only E4M3 codes go into the dot as they are"
+    if kind != "int8" and spec.table != "e4m3" and (kind, spec.table) != ("mx", "e2m1"):
+        return f"{spec}: only E4M3 codes go into the dot as they are, and E2M1 with a power of two per 32 inputs"
     if spec.view or spec.two_level or (kind == "fp8" and spec.scale in ("e8m0", "ue4m3")):
         return f"{spec}: its scales are not one plain level per row and group"
     if spec.group != -1 and (spec.group not in (32, 64) and spec.group % 128):
@@ -252,9 +257,9 @@ def _core(spec: Spec) -> Spec:
 def prepare(q: QTensor, dtype: torch.dtype) -> ScaledMatmul:
     """`problem(q, ...)` must be empty; `dtype` is that of the activations before they are quantized."""
     kind = activation.kind(q.spec)
-    raw = q.parts["codes"].view(torch.uint8)
-    weight = (raw ^ 0x80).view(torch.int8) if kind == "int8" else raw.view(torch.float8_e4m3fn)
-    rest = {name: t for name, t in q.parts.items() if name != "codes"}
+    raw = bits.row_bytes(q.parts["codes"])
+    weight = (raw ^ 0x80).view(torch.int8) if kind == "int8" else raw.view(_WEIGHTS[q.spec.table])
+    rest = {name: t.contiguous() for name, t in q.parts.items() if name != "codes"}
     perm = q.parts["perm"].long() if "perm" in q.spec.pre else None
     return ScaledMatmul(f"triton-{kind}", replace(q, parts=rest), weight, dtype, perm)
 
@@ -283,7 +288,7 @@ def _multiply(x: Tensor, weight: Tensor, scales: Tensor, spec: str, n: int) -> T
     grid: tuple[int, ...] = (-(-n // how.tile["BN"]), how.split, -(-m // how.tile["BM"]))
     shared = (q, steps, weight, scales, out, m, n, k, weight.stride(0))
     if how.kernel == "scaled_mx":
-        scaled_mx[grid](*shared, "e4m3", **how.tile, **how.options)
+        scaled_mx[grid](*shared, found.table, **how.tile, **how.options)
     else:
         scaled[grid](*shared, found, activation.group(found), **how.tile, **how.options)
     if how.split > 1:
@@ -302,7 +307,7 @@ multiply = ops.define(
 _AOT_SPECS = {
     "int8": ("affine8.channel.sym", "affine8.g128.sym"),
     "fp8": ("minifloat8.e4m3.channel.f32", "minifloat8.e4m3.g128x128.f32"),
-    "mx": ("minifloat8.e4m3.g32.e8m0",),
+    "mx": ("minifloat8.e4m3.g32.e8m0", "minifloat4.e2m1.g32.e8m0"),
 }
 _TYPES = {"int8": "*i8", "fp8": "*fp8e4nv", "mx": "*fp8e4nv"}
 
@@ -347,11 +352,12 @@ def _quantize_case(target: Target, kind: str, spec: Spec) -> Case:
 def _scaled_case(target: Target, kind: str, spec: Spec, rows: int) -> Case:
     how = plan(rows, (4096, 4096), spec, 108)
     arguments: dict[str, Any] = {
-        "x": _TYPES[kind], "steps": "*u8" if kind == "mx" else "*fp32", "weight": _TYPES[kind],
+        "x": _TYPES[kind], "steps": "*u8" if kind == "mx" else "*fp32",
+        "weight": "*u8" if spec.table == "e2m1" else _TYPES[kind],
         "scales": {"f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}[spec.scale],
         "y": "*fp32" if how.split > 1 else f"*{target.dtype}", **dict.fromkeys(("M", "N", "K", "STRIDE"), "i32"),
     }  # fmt: skip
-    extra = {"FORMAT": "e4m3"} if kind == "mx" else {"SPEC": spec, "STEP": activation.group(spec)}
+    extra = {"FORMAT": spec.table} if kind == "mx" else {"SPEC": spec, "STEP": activation.group(spec)}
     fn = scaled_mx if kind == "mx" else scaled
     return Case(
         how.kernel, rows, str(spec), spec.family, fn, arguments, {**extra, **how.tile}, how.options, target.dtype

@@ -6,6 +6,7 @@ everything that computes in the runner; here is what happens to a token once it 
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,8 +162,8 @@ class Engine:
 
     def _sample(self, logits: Tensor, seqs: list[Seq]) -> dict[Seq, Sampled]:
         """One token per sequence from logits `[len(seqs), V]`; none for one that has none left to choose."""
-        usable = logits.amax(-1).isfinite().tolist() if seqs else []
-        rows = [row for row, good in enumerate(usable) if good]
+        best = logits.amax(-1).tolist() if seqs else []
+        rows = [row for row, most in enumerate(best) if math.isfinite(most)]
         if not rows:
             return {}
         seqs = [seqs[row] for row in rows]

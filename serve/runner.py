@@ -56,8 +56,9 @@ class Runner:
     """
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache, max_model_len: int, eager: bool = False) -> None:
-        self.model, self.cache = model, cache
-        records = not eager and model.device.type == "cpu"
+        # transformers looks through all parameters for it: 0.1 ms.
+        self.model, self.cache, self.device = model, cache, model.device
+        records = not eager and self.device.type == "cpu"
         self._recorded = Recorded(self._forward, -(-max_model_len // cache.block_size)) if records else None
 
     def run(self, work: Sequence[Work]) -> Tensor:
@@ -65,7 +66,7 @@ class Runner:
 
         The next call may overwrite them.
         """
-        return self.forward(make_batch(work, self.cache.block_size, self.model.device))
+        return self.forward(make_batch(work, self.cache.block_size, self.device))
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

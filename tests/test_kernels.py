@@ -25,13 +25,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-@pytest.mark.parametrize("few", [0, bits._FEW])
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 172])
+@pytest.mark.parametrize("unpack", [bits.unpack, bits.unpack_twin])
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 172, 300])
 @pytest.mark.parametrize("width", [*range(1, 17), 24, 31, 32])
-def test_bit_stream(width: int, columns: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bit_stream(width: int, columns: int, unpack: Callable[[Tensor, int, int], Tensor]) -> None:
     """Code c of a row is bits [c * width, (c + 1) * width) of the row read as one little-endian integer; the rest is
     0."""
-    monkeypatch.setattr(bits, "_FEW", few)
     codes = torch.randint(0, 1 << width, (3, columns))
     codes[0] = (1 << width) - 1
     stored = codes.to(torch.uint8 if width <= 8 else torch.int32)
@@ -39,7 +38,7 @@ def test_bit_stream(width: int, columns: int, few: int, monkeypatch: pytest.Monk
     assert packed.dtype is torch.int32 and packed.shape == (3, bits.words(columns, width))
     for row, expected in zip(packed, codes, strict=True):
         assert stream(row) == sum(int(c) << (i * width) for i, c in enumerate(expected))
-    found = bits.unpack(packed, width, columns)
+    found = unpack(packed, width, columns)
     assert found.dtype is stored.dtype and torch.equal(found, stored)
 
 
@@ -47,15 +46,18 @@ def stream(words: Tensor) -> int:
     return int.from_bytes(words.contiguous().numpy().tobytes(), "little")
 
 
-def test_unpack_of_many_rows_and_strided_words(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unpack", [bits.unpack, bits.unpack_twin])
+def test_unpack_of_many_rows_and_strided_words(
+    unpack: Callable[[Tensor, int, int], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bits, "_ROWS", 4)
-    monkeypatch.setattr(bits, "_FEW", 0)
     for width in (3, 4):
         codes = torch.randint(0, 1 << width, (11, 50), dtype=torch.uint8)
         words = bits.pack(codes, width)
         spaced = torch.zeros(11, 2 * words.shape[1], dtype=torch.int32)
         spaced[:, ::2] = words
-        assert torch.equal(bits.unpack(spaced[:, ::2], width, 50), codes)
+        assert torch.equal(unpack(spaced[:, ::2], width, 50), codes)
+        assert torch.equal(unpack(words[:, :1].T.contiguous().T, width, 3), codes[:, :3])
 
 
 SPECS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsmith.kernels import native_layer
+from bitsmith.kernels import fused, native_layer
 from bitsmith.kernels.recording import Recording, Unrecordable, record
 from bitsmith.serve import recorded
 from bitsmith.serve.engine import Engine, EngineConfig
@@ -148,3 +148,38 @@ def test_float32_models_run_as_before(tiny_model: Callable[..., Any], byte_token
     while engine.has_work():
         engine.step()
     assert engine.runner._recorded is not None and not engine.runner._recorded._possible
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="the calls are the native library's")
+def test_calls_of_the_library_in_a_row_become_one() -> None:
+    """Integers, addresses, a float32 and a structure's address all arrive, and what is not the library's stays between."""
+    q, k, v = torch.randn(3, 2, 4, 32).bfloat16()
+    weight, gate = torch.randn(32).bfloat16(), torch.randn(8, 32).bfloat16()
+    table, lengths = torch.zeros(2, 1, dtype=torch.int32), torch.tensor([1, 2], dtype=torch.int32)
+
+    def step() -> Tensor:
+        rows = fused.rms_norm(q, weight, 1e-3, "llama")
+        seen = native_layer.attend(rows, k, v, table, lengths, 2, 0.3, None, 7.5, None)
+        a = fused.gated(seen.view(8, 32), gate, "silu")
+        return fused.gated(a.exp(), gate, "gelu_tanh") + gate
+
+    recording = record(step)
+    assert [len(getattr(call, "calls", ())) for call in recording.calls] == [3, 0, 2]
+    for t in (q, k, v, weight, gate):
+        t.copy_(torch.randn(t.shape))
+    recording.output.fill_(torch.nan)
+    assert torch.equal(recording(), step())
+
+
+@pytest.mark.skipif(not native_layer._library(), reason="the copy is the native library's")
+@pytest.mark.parametrize("take", [lambda x, rows: x.index_select(0, rows), lambda x, rows: x[None][:, rows][0]])
+def test_rows_are_taken_by_the_library(take: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Numbers from the end count as torch counts them; a row that is not there is NaN and nobody else's memory."""
+    x, rows = torch.randn(6, 3, 5)[1:5], torch.tensor([3, 0, 2])
+    recording = record(lambda: take(x, rows))
+    assert [call.func.__name__ for call in recording.calls] == ["bitsmith_gather"]
+    x.copy_(torch.randn(4, 3, 5))
+    rows.copy_(torch.tensor([1, 1, 3]))
+    assert torch.equal(recording(), x[[1, 1, 3]])
+    rows.copy_(torch.tensor([-1, 4, -5]))
+    assert torch.equal(recording()[0], x[3]) and recording()[1:].isnan().all()

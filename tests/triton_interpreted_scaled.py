@@ -4,15 +4,15 @@ Run by test_triton.py, as triton_interpreted.py is, which also has the helpers.
 """
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from bitsmith.kernels import activation, scaled
+from bitsmith.kernels import activation, cuda, scaled
 from bitsmith.kernels.dispatch import prepare
-from bitsmith.kernels.lang import EXACT
 from bitsmith.kernels.spec import Spec
 from torch import Tensor
 
@@ -57,10 +57,16 @@ def test_every_e4m3_number_and_every_tie_between_two() -> None:
     assert torch.equal(found.float(), x.to(torch.float8_e4m3fn).float())
 
 
+def poisoned(product: scaled.ScaledMatmul) -> scaled.ScaledMatmul:
+    parts = {name: before_nan(part) for name, part in product.q.parts.items()}
+    weight = before_nan(product.weight.view(torch.uint8)).view(product.weight.dtype)
+    return replace(product, q=replace(product.q, parts=parts), weight=weight)
+
+
 def check(text: str, shape: tuple[int, int], rows: int, dtype: torch.dtype = torch.float16) -> None:
     q = random_qtensor(text, shape)
     assert scaled.layout_problem(q.spec, shape[1]) == ""
-    product = scaled.prepare(q, dtype)
+    product = poisoned(scaled.prepare(q, dtype))
     assert product.name == f"triton-{activation.kind(q.spec)}"
     back = product.qtensor()
     assert back.spec == q.spec and all(torch.equal(back.parts[name], part) for name, part in q.parts.items())
@@ -105,28 +111,42 @@ no_dot_scaled = pytest.mark.skipif(
 
 
 @no_dot_scaled
-@pytest.mark.parametrize("rows", [1, 130])
-def test_mx_product(rows: int) -> None:
-    check("minifloat8.e4m3.g32.e8m0", (39, 288), rows)
+@pytest.mark.parametrize(("rows", "k"), [(1, 32), (1, 288), (130, 160)])
+@pytest.mark.parametrize("text", ["minifloat8.e4m3.g32.e8m0", "minifloat4.e2m1.g32.e8m0.a8"])
+def test_mx_product(text: str, rows: int, k: int) -> None:
+    """39 outputs; whole groups of inputs, but no multiple of a tile."""
+    check(text, (39, k), rows)
 
 
 @no_dot_scaled
-def test_mxfp4_weights() -> None:
-    """E2M1 codes two a byte, the low one first, straight into the kernel."""
-    codes = torch.randint(0, 16, (24, 160), dtype=torch.uint8)
-    scales = torch.randint(120, 130, (24, 5), dtype=torch.uint8)
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    values = torch.cat([values, -values])[codes.int()] * torch.exp2(scales.float() - 127).repeat_interleave(32, 1)
-    weight = before_nan(codes[:, ::2] | (codes[:, 1::2] << 4))
-    spec = Spec.parse("minifloat8.e4m3.g32.e8m0")
-    x = torch.randn(5, 160)
-    q, steps = scaled.quantize(x, spec)
-    y = torch.full((5, 24), float("nan"))
-    scaled.scaled_mx[(1, 1, 1)](
-        q, steps, weight, scales, y, 5, 24, 160, weight.stride(0), "e2m1", BM=16, BN=32, BK=64, **EXACT
-    )
-    wanted = activation.rounded(x, spec).double() @ values.double().T
-    assert relative_rms(y, wanted) < 1e-6
+def test_split_of_the_inputs_of_mxfp4() -> None:
+    spec = Spec.parse("minifloat4.e2m1.g32.e8m0")
+    assert scaled.plan(1, (40, 1312), spec, 108).split > 1
+    check(str(spec), (40, 1312), 1, torch.float32)
+
+
+@no_dot_scaled
+def test_dispatch_takes_the_dot_of_mxfp4_on_sm_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITSMITH_KERNELS", "triton")
+    monkeypatch.setattr(cuda, "capability_of", lambda device: 100)
+    q = random_qtensor("minifloat4.e2m1.g32.e8m0", (20, 96))
+    asked, own = prepare(q, torch.float16, act="a8"), prepare(replace(q, spec=replace(q.spec, act="a8")), torch.float16)
+    assert asked.name == own.name == "triton-mx" and asked.nbytes == q.nbytes
+    x = torch.randn(3, 96).half()
+    wanted = activation.rounded(x.float(), q.spec).double() @ q.dequantize().double().T
+    assert relative_rms(asked(x), wanted) < 5e-4 and torch.equal(asked(x), own(x))
+
+
+@pytest.mark.parametrize("text", ["affine8.g32.sym", "minifloat8.e4m3.g32.f16"])
+def test_codes_and_scales_of_any_strides(text: str) -> None:
+    """GPTQ's codes lie transposed; a row of four has a stride that counts as contiguous."""
+    for k in (96, 4):
+        q = random_qtensor(text, (9, k))
+        turned = replace(q, parts={name: part.T.contiguous().T for name, part in q.parts.items()})
+        x = torch.randn(2, k)
+        product = scaled.prepare(turned, torch.float32)
+        assert torch.equal(product(x), scaled.prepare(q, torch.float32)(x))
+        assert all(torch.equal(product.qtensor().parts[name], part) for name, part in q.parts.items())
 
 
 def test_other_strides_and_no_rows() -> None:
@@ -159,6 +179,7 @@ def test_dispatch_takes_the_dot_where_there_is_one(
         ("affine8.channel.asym", "a8+triton"),
         ("affine4.g32.sym", "a8+triton"),
         ("minifloat8.e4m3.channel.f32", "a8+triton"),
+        ("minifloat4.e2m1.g32.e8m0", "a8+triton"),
     ):
         q = random_qtensor(text, (20, 96))
         with caplog.at_level("INFO"):
@@ -192,6 +213,8 @@ def test_which_gpus_have_which_dot(kind: str, capabilities: set[int]) -> None:
         ("minifloat8.e5m2.channel.f32", "only E4M3"),
         ("affine8.g48.sym", "32, 64 or a multiple of 128"),
         ("minifloat8.e4m3.g64.e8m0", "one plain level"),
+        ("minifloat4.e2m1.g16.ue4m3", "E2M1 with a power of two per 32"),
+        ("minifloat4.e2m1.g32.f16", "E2M1 with a power of two per 32"),
     ],
 )
 def test_what_has_no_native_dot(text: str, words: str) -> None:

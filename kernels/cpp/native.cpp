@@ -6,6 +6,7 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "blocks.h"
+#include "chain.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
@@ -207,7 +208,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 12; }
+BITSMITH_API int32_t bitsmith_abi() { return 13; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -288,6 +289,16 @@ BITSMITH_API void bitsmith_unpack(const uint8_t* packed, int64_t n, int64_t k, i
       for (int64_t r = 0; r < std::min(ROWS, n - nb * ROWS); ++r)
         for (int64_t i = 0; i < have; ++i) out[(nb * ROWS + r) * words + kb * bits + i] = word[i][r];
     }
+  });
+}
+
+// Bit streams, `stride` words a row -> codes [n, columns], a byte each up to 8 bits, else int32.
+BITSMITH_API void bitsmith_codes(const uint32_t* stream, int64_t stride, int64_t n, int64_t columns, int32_t bits, void* out, int32_t threads) {
+  pool().run(n, n * columns < (1 << 16) ? 1 : threads, [&](int64_t row) {
+    if (bits <= 8)
+      pack::codes(stream + row * stride, columns, bits, static_cast<uint8_t*>(out) + row * columns);
+    else
+      pack::codes(stream + row * stride, columns, bits, static_cast<uint32_t*>(out) + row * columns);
   });
 }
 
@@ -381,6 +392,17 @@ BITSMITH_API void bitsmith_scatter(const char* x, int64_t x_stride, const int64_
   for (int64_t i = 0; i < rows; ++i) std::memcpy(to + slots[i] * to_stride, x + i * x_stride, static_cast<size_t>(size));
 }
 
+// Row rows[i] of the `count` of x -> row i of `to`, dense. Negative numbers count from the end; of one that is not there every bit is set (NaN).
+BITSMITH_API void bitsmith_gather(const char* x, int64_t x_stride, int64_t count, const int64_t* rows, char* to, int64_t wanted, int64_t size) {
+  for (int64_t i = 0; i < wanted; ++i) {
+    const int64_t row = rows[i] < 0 ? rows[i] + count : rows[i];
+    if (row >= 0 && row < count)
+      std::memcpy(to + i * size, x + row * x_stride, static_cast<size_t>(size));
+    else
+      std::memset(to + i * size, 0xff, static_cast<size_t>(size));
+  }
+}
+
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
                                  int64_t up_stride, int32_t act, int32_t threads) {
   pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
@@ -420,4 +442,21 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
 #endif
     layer::attend(a, row, kv, first, count, scratch.data());
   });
+}
+
+// What calls one of the library's functions that a step is made of; null for others.
+BITSMITH_API chain::Invoker bitsmith_invoker(const void* function) {
+  using chain::entry;
+  static const chain::Entry known[] = {
+      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(),
+      entry<bitsmith_codes>(),  entry<bitsmith_norm>(),   entry<bitsmith_add>(),              entry<bitsmith_scatter>(),
+      entry<bitsmith_gather>(), entry<bitsmith_gated>(),  entry<bitsmith_rope>(),             entry<bitsmith_attend>(),
+  };
+  for (const chain::Entry& one : known)
+    if (one.function == function) return one.invoke;
+  return nullptr;
+}
+
+BITSMITH_API void bitsmith_run(const chain::Call* calls, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) calls[i].invoke(calls[i].slots);
 }

@@ -107,4 +107,31 @@ void groups(const T* from, int64_t row_stride, int64_t group_stride, int64_t n, 
     }
 }
 
+// Codes first .. first + count - 1 of a row's stream, each of them followed by a word that may be read.
+BITSMITH_CLONES inline void fields(const uint32_t* stream, int64_t first, int64_t count, int32_t bits, uint32_t* out) {
+  const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * bits, shift = at & 31;
+    // Shifted in two steps: by 32 at once is undefined.
+    out[i] = (stream[at >> 5] >> shift | stream[(at >> 5) + 1] << 1 << (31 - shift)) & mask;
+  }
+}
+
+// The codes of a row.
+template <class T>
+void codes(const uint32_t* stream, int64_t columns, int32_t bits, T* out) {
+  constexpr int64_t PIECE = 256;
+  // Codes that begin in the last word have none after it.
+  const int64_t last = (columns * bits + 31) / 32 - 1, followed = std::min(columns, (last * 32 + bits - 1) / bits);
+  uint32_t wide[PIECE];
+  for (int64_t first = 0; first < followed; first += PIECE) {
+    const int64_t count = std::min(PIECE, followed - first);
+    fields(stream, first, count, bits, wide);
+    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<T>(wide[i]);
+  }
+  const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
+  for (int64_t i = followed; i < columns; ++i) out[i] = static_cast<T>(stream[last] >> (i * bits - last * 32) & mask);
+}
+
 }  // namespace bitsmith::pack

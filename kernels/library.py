@@ -1,4 +1,4 @@
-"""The compiled library of `kernels/cpp/`: found, checked, its functions declared."""
+"""The compiled library of kernels/cpp and the types of its functions' arguments."""
 
 import ctypes
 import logging
@@ -8,7 +8,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of native.cpp's functions and structures.
-_ABI = 12
+_ABI = 13
 
 
 @cache
@@ -30,8 +30,21 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_pack_blocks.argtypes = [pointer, number]
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
+    lib.bitsmith_codes.argtypes = [pointer, size, size, size, number, pointer, number]
+    lib.bitsmith_run.argtypes = [pointer, size]
+    lib.bitsmith_invoker.argtypes, lib.bitsmith_invoker.restype = [pointer], pointer
     for name in products:
         getattr(lib, f"bitsmith_{name}").argtypes = [pointer, pointer, number, size, pointer, number, number, number]
-    for name in (*products, "pack", "pack_groups", "pack_blocks", "unpack", "pack_levels", "unpack_levels"):
+    for name in (
+        *products,
+        "pack",
+        "pack_groups",
+        "pack_blocks",
+        "unpack",
+        "pack_levels",
+        "unpack_levels",
+        "codes",
+        "run",
+    ):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
