@@ -8,7 +8,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of native.cpp's functions and structures.
-_ABI = 15
+_ABI = 16
 
 
 @cache
@@ -26,6 +26,7 @@ def library() -> ctypes.CDLL | None:
     products = ("linear", "floats", "two_level_linear", "grids_linear")
     lib.bitsmith_unpack.argtypes = [pointer, size, size, number, pointer, number]
     lib.bitsmith_pack.argtypes = [pointer, size, size, size, size, number, pointer, number]
+    lib.bitsmith_pack_groups.argtypes = [pointer, size, size, size, size, number, pointer]
     lib.bitsmith_pack_blocks.argtypes = [pointer, number]
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
