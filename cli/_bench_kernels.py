@@ -5,6 +5,7 @@ import argparse
 import itertools
 import re
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record; or tune."""
-    import torch
-
     from ..eval import kernel_speed as speed
+    from ..eval.kernel_peers import PEERS
 
     if args.path is not None:
         raise UserError(f"bench kernels takes no {args.path!r}: shapes go into --shapes 4096x4096,...")
-    shapes, rows, specs, peers = _shapes(args.shapes), _rows(args.rows), _specs(args.specs), _peers(args.against)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shapes, specs = _shapes(args.shapes), _specs(args.specs)
+    rows, peers = numbers("--rows", args.rows, speed.ROWS), peers_of(args.against, PEERS)
+    device, what = place(args.device)
     if args.tune:
         _tune(device, shapes, rows, specs)
         return
@@ -42,10 +43,8 @@ def run(args: argparse.Namespace) -> None:
     small = shapes == list(speed.SMALL)
     clock = speed.Clock(device, 1 << 20) if small else speed.Clock(device)
     most = speed.ceiling(clock, 256 if small else 2048 if device.type == "cpu" else 8192)
-    where = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    what = f"{where}/{torch.get_num_threads()} threads" if device.type == "cpu" else where
     if not args.json:
-        print(f"{what}: copy {most.copy / 1e9:.1f} GB/s, matmul {most.matmul / 1e12:.2f} TFLOP/s")
+        print_ceiling(what, most)
     found: list[dict[str, Any]] = []
     start = time.perf_counter()
     measured = speed.measure(cases, clock, peers, args.samples, note)
@@ -57,11 +56,18 @@ def run(args: argparse.Namespace) -> None:
             lines = speed.rows(case, timings, most)
             found += lines
             if not args.json:
-                _print(lines)
+                print_rows(lines)
         if not args.no_record:
-            _record(args, table, most, what, time.perf_counter() - start)
+            first = next(iter(table))
+            said = {
+                "model": f"{first.shape[0]}x{first.shape[1]}",
+                "spec": first.spec,
+                "kv": "",
+                "task": f"kernels/{what}",
+            }
+            record(args, table, most, f"m{first.label} us", said, time.perf_counter() - start)
     if args.json:
-        print_json({"device": what, "copy_gb_s": most.copy / 1e9, "matmul_tflop_s": most.matmul / 1e12, "rows": found})
+        print_json(as_json(what, most, found))
 
 
 def _shapes(text: str | None) -> list[tuple[int, int]]:
@@ -78,13 +84,12 @@ def _shapes(text: str | None) -> list[tuple[int, int]]:
     return found
 
 
-def _rows(text: str | None) -> list[int]:
-    from ..eval.kernel_speed import ROWS
-
+def numbers(flag: str, text: str | None, default: Sequence[int]) -> list[int]:
+    """What is given, comma-separated, or the default. UserError for anything but numbers from 1."""
     if text is None:
-        return list(ROWS)
+        return list(default)
     if wrong := [word for word in text.split(",") if not word.isdecimal() or int(word) < 1]:
-        raise UserError(f"--rows {wrong[0]!r}: accepted are numbers from 1")
+        raise UserError(f"{flag} {wrong[0]!r}: accepted are numbers from 1")
     return [int(word) for word in text.split(",")]
 
 
@@ -98,13 +103,23 @@ def _specs(text: str | None) -> list[str]:
     return [str(BLOCKS[word].spec if word in BLOCKS else Spec.parse(word)) for word in text.split(",")]
 
 
-def _peers(text: str | None) -> list[str]:
-    from ..eval.kernel_peers import PEERS
-
-    names = [] if text == "none" else list(PEERS) if text is None else text.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(PEERS)}, or none")
+def peers_of(text: str | None, known: Iterable[str]) -> list[str]:
+    """Those that --against names, all that are known without it. UserError for one that is not."""
+    known = list(known)
+    names = [] if text == "none" else known if text is None else text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"--against {unknown[0]!r} is not known; accepted: {', '.join(known)}, or none")
     return names
+
+
+def place(text: str | None) -> tuple[Any, str]:
+    """The device of --device, and what its rows call it: the GPU's name, or the CPU's threads."""
+    import torch
+
+    device = torch.device(text or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu":
+        return device, f"cpu/{torch.get_num_threads()} threads"
+    return device, torch.cuda.get_device_name(device)
 
 
 def _tune(device: Any, shapes: list[tuple[int, int]], rows: list[int], specs: list[str]) -> None:
@@ -121,9 +136,8 @@ def _tune(device: Any, shapes: list[tuple[int, int]], rows: list[int], specs: li
         )
     gpu = torch.cuda.get_device_name(device)
     path = tune.default_path(gpu)
-    # A row is found by family and bits: of several specs that share both, the first is measured.
-    distinct = {(s.family, s.bits): s for s in reversed([Spec.parse(text) for text in specs]) if not s.act}
-    for spec in distinct.values():
+    # What is around the product is in no kernel: specs that differ in nothing else share their rows.
+    for spec in dict.fromkeys(Spec.parse(text).as_compiled() for text in specs):
         for shape in shapes:
             product = CudaMatmul(random_weight(spec, shape, device), half_dtype(device))
             found = tune.tune([product], rows, told=lambda row: note(f"{row['kernel']} {row['us']} us: {row}"))
@@ -132,7 +146,18 @@ def _tune(device: Any, shapes: list[tuple[int, int]], rows: list[int], specs: li
     note(f"table of {gpu}: {path}")
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def print_ceiling(what: str, most: Any) -> None:
+    """What the machine was measured to do."""
+    print(f"{what}: copy {most.copy / 1e9:.1f} GB/s, matmul {most.matmul / 1e12:.2f} TFLOP/s")
+
+
+def as_json(what: str, most: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of one run."""
+    return {"device": what, "copy_gb_s": most.copy / 1e9, "matmul_tflop_s": most.matmul / 1e12, "rows": rows}
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A line a peer, what is ours on the first of them."""
     for i, row in enumerate(rows):
         head = (
             f"{row['name']:<44} {row['value']:9.1f} us  {row['gb_s']:7.1f} GB/s ({row['of_copy']:4.0%})  "
@@ -142,20 +167,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
         print((head if not i else " " * len(head)) + versus, flush=True)
 
 
-def _record(args: argparse.Namespace, table: Any, most: Any, where: str, seconds: float) -> None:
-    """One row of results: microseconds of the first case, everything else of this weight in its detail."""
+def record(args: argparse.Namespace, table: Any, most: Any, metric: str, said: dict[str, Any], seconds: float) -> None:
+    """One row of results: microseconds of the first case, all else in its detail. said: model, spec, kv and task."""
     from ..eval.kernel_speed import OURS, detail
     from ..eval.results import FILE_NAME, Result, append, default_dir, here
 
-    first = next(iter(table))
-    timing = table[first][OURS]
+    timing = next(iter(table.values()))[OURS]
     result = Result(
         **here(),
-        model=f"{first.shape[0]}x{first.shape[1]}",
-        spec=first.spec,
-        kv="",
-        task=f"kernels/{where}",
-        metric=f"m{first.rows} us",
+        **said,
+        metric=metric,
         value=timing.value,
         stderr=timing.stderr if len(timing.seconds) > 1 else None,
         n=len(timing.seconds),

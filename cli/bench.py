@@ -1,5 +1,5 @@
 """`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
-`bitsmith bench kernels` is in _bench_kernels.py; samplers and load are in files named likewise.
+`bitsmith bench kernels` is in _bench_kernels.py; attention, samplers and load are in files named likewise.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
 on random weights of its shape. Of a .gguf file, and of a SHAPE with --gguf-type, llama.cpp runs the very file that ours
@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import _bench_kernels, _bench_load, _bench_samplers, _threads
+from . import _bench_attention, _bench_kernels, _bench_load, _bench_samplers, _threads
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
 _OURS = "bitsmith"
+_KINDS = ("decode", "kernels", "attention", "samplers", "load")
 
 
 def add_parser(subparsers: Any) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("bench", help="speed, beside other engines")
     parser.add_argument(
-        "kind", metavar="decode|kernels|samplers|load", help="a model, single products, samplers, loading"
+        "kind",
+        metavar="|".join(_KINDS),
+        help="a model, single products, attention over a paged cache, samplers, loading",
     )
     parser.add_argument(
         "path",
@@ -39,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
         "--against",
         metavar="PEER,...",
         help="decode: transformers, llama.cpp; kernels: torch-int4, gemlite, bitsandbytes, torchao, llama.cpp; "
-        "samplers: transformers, llama.cpp; or none "
+        "attention: sdpa, sdpa-grouped; samplers: transformers, llama.cpp; or none "
         "(default: those that are installed)",
     )
     parser.add_argument("--bits", type=int, default=4, metavar="B", help="of a SHAPE: 2, 3, 4 or 8 (default: 4)")
@@ -55,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     _bench_kernels.add_arguments(parser)
+    _bench_attention.add_arguments(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--results", metavar="DIR", help="folder to append rows to (default: results/)")
     where.add_argument("--no-record", action="store_true", help="append no rows")
@@ -62,13 +66,16 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, print, record."""
-    if args.kind not in ("decode", "kernels", "samplers", "load"):
-        raise UserError(f"bench {args.kind!r} does not exist; those that do are: decode, kernels, samplers, load")
+    if args.kind not in _KINDS:
+        raise UserError(f"bench {args.kind!r} does not exist; those that do are: {', '.join(_KINDS)}")
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: accepted is 1 or more")
     threads = _threads.apply(args)
     if args.kind == "kernels":
         _bench_kernels.run(args)
+        return
+    if args.kind == "attention":
+        _bench_attention.run(args)
         return
     if args.kind == "samplers":
         _bench_samplers.run(args)

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -63,6 +63,27 @@ class Ceiling:
     matmul: float
 
 
+class Measured(Protocol):
+    """What rows and details say of anything that was timed."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def label(self) -> str:
+        """What tells it from the others of one row of results."""
+        ...
+
+    @property
+    def work(self) -> int:
+        """Floating-point operations: two a multiply-add."""
+        ...
+
+    def moved(self, nbytes: int) -> int:
+        """Bytes read and written by a contender that holds `nbytes`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Case:
     """One product: a weight spec, (outputs, inputs) and rows of x."""
@@ -75,10 +96,21 @@ class Case:
     def name(self) -> str:
         return f"{self.spec} {self.shape[0]}x{self.shape[1]} m{self.rows}"
 
+    @property
+    def label(self) -> str:
+        return str(self.rows)
+
+    @property
+    def work(self) -> int:
+        return 2 * self.rows * self.shape[0] * self.shape[1]
+
+    def moved(self, nbytes: int) -> int:
+        return nbytes + 2 * self.rows * sum(self.shape)
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one contender: seconds of every call, bytes of the weights it holds, and which of its paths it took."""
+    """Of one contender: seconds of every call, bytes of the weights (the cache) it reads, and the path it took."""
 
     seconds: list[float]
     nbytes: int
@@ -250,19 +282,36 @@ def measure(
 def _interleaved(
     case: Case, products: Mapping[str, Product], clock: Clock, samples: int, told: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """Timings by contender; the first call warms up, or counts if it is slow."""
+    """Timings by contender."""
     x = torch.randn(case.rows, case.shape[1], device=clock.device).to(half_dtype(clock.device))
+
+    def bound(product: Product) -> Callable[[], Any]:
+        return partial(product.run, product.bind(x))
+
+    seconds = interleaved(case.name, {n: partial(bound, p) for n, p in products.items()}, clock, samples, told)
+    return {name: Timing(taken, products[name].nbytes, products[name].path) for name, taken in seconds.items()}
+
+
+def interleaved(
+    what: str,
+    makers: Mapping[str, Callable[[], Callable[[], Any]]],
+    clock: Clock,
+    samples: int,
+    told: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Seconds of the calls of what each maker makes; the first call warms up, or counts if it is slow. One other than
+    ours that cannot run is told and left out."""
     runs: dict[str, Callable[[], Any]] = {}
     seconds: dict[str, list[float]] = {}
     calls: dict[str, int] = {}
-    for name, product in products.items():
+    for name, make in makers.items():
         try:
-            run = clock.ready(partial(product.run, product.bind(x)))
+            run = clock.ready(make())
             first = clock.seconds(run)
         except RuntimeError as error:
             if name == OURS:
                 raise
-            told(f"{name} is left out of {case.name}: {error}")
+            told(f"{name} is left out of {what}: {error}")
             continue
         slow, runs[name] = first > _SLOW, run
         seconds[name] = [first] if slow else []
@@ -271,10 +320,10 @@ def _interleaved(
         for name, run in runs.items():
             if len(seconds[name]) < calls[name]:
                 seconds[name].append(clock.seconds(run))
-    return {name: Timing(seconds[name], products[name].nbytes, products[name].path) for name in runs}
+    return seconds
 
 
-def rows(case: Case, timings: Mapping[str, Timing], most: Ceiling) -> list[dict[str, Any]]:
+def rows(case: Measured, timings: Mapping[str, Timing], most: Ceiling) -> list[dict[str, Any]]:
     """One row per contender other than ours, or one without: `ratio` is its time over ours, so above 1 ours is faster.
 
     Keys: name, value (microseconds of ours), unit, path, gb_s, tflop_s, of_copy, of_matmul (shares of the machine's),
@@ -289,25 +338,24 @@ def rows(case: Case, timings: Mapping[str, Timing], most: Ceiling) -> list[dict[
     ] or [row | {"ratio": None, "against": None, "against_value": None}]
 
 
-def _rates(case: Case, timing: Timing, most: Ceiling) -> dict[str, float]:
-    (n, k), m = case.shape, case.rows
+def _rates(case: Measured, timing: Timing, most: Ceiling) -> dict[str, float]:
     each = timing.value / 1e6
-    rate = (timing.nbytes + 2 * m * (n + k)) / each
-    work = 2 * m * n * k / each
+    rate, work = case.moved(timing.nbytes) / each, case.work / each
     return {"gb_s": rate / 1e9, "tflop_s": work / 1e12, "of_copy": rate / most.copy, "of_matmul": work / most.matmul}
 
 
-def detail(table: Table, most: Ceiling) -> dict[str, Any]:
-    """All that was measured of one weight and shape, as its row of results keeps it, in four digits:
+def detail(table: Mapping[Any, Mapping[str, Timing]], most: Ceiling) -> dict[str, Any]:
+    """All that was measured of one weight and shape (one cache and heads), as its row of results keeps it, in four
+    digits:
 
-    copy_gb_s, matmul_tflop_s of the machine, and under `rows`, by rows of x: us, gb_s, tflop_s, of_copy, of_matmul,
-    path and n (calls) of ours, and `against`: microseconds of the others.
+    copy_gb_s, matmul_tflop_s of the machine, and under `rows`, by the label of the case (rows of x): us, gb_s,
+    tflop_s, of_copy, of_matmul, path and n (calls) of ours, and `against`: microseconds of the others.
     """
     found: dict[str, Any] = {}
     for case, timings in table.items():
         ours = timings[OURS]
         numbers = {"us": ours.value, **_rates(case, ours, most)}
-        found[str(case.rows)] = {
+        found[case.label] = {
             **{name: _short(number) for name, number in numbers.items()},
             "path": ours.path,
             "n": len(ours.seconds),

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILE_NAME = "runs.jsonl"
 _VERSIONED = ("torch", "transformers", "bitsmith")
 # First words of tasks whose figures are speeds.
-TIMED = ("bench", "kernels", "gguf-speed", "samplers", "load")
+TIMED = ("bench", "kernels", "attention", "gguf-speed", "samplers", "load")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Quantized matmul on a GPU: repack once, then the template that suits the number of rows.
 
-    rows            sm_80 and newer, AMD        older
-    1 to 8          gemv                        gemv
-    9 to 64         gemm (decode + tl.dot)      dequant, then the BLAS
-    65 and more     dequant, then the BLAS      dequant, then the BLAS
+    rows            sm_80 and newer             AMD          older
+    1 to 2          gemv                        gemv         gemv
+    3 to 8          gemm (decode + tl.dot)      gemv         gemv
+    9 to 64         gemm                        gemm         dequant, then the BLAS
+    65 and more     dequant, then the BLAS, everywhere
 
 Below sm_80 Triton's dot becomes plain multiply-adds while cuBLAS uses the tensor cores of Volta and Turing, hence the
-second column. bfloat16 arithmetic also starts at sm_80: on older GPUs the same model runs in float16 with float32
+last column. bfloat16 arithmetic also starts at sm_80: on older GPUs the same model runs in float16 with float32
 accumulation, and the log says so. The thresholds and tile sizes here are estimates checked only by compiling
 (results/aot.json); where a device was measured, its table decides instead (plans.py).
 
@@ -33,7 +34,21 @@ from .transform import apply_post, apply_pre
 
 log = logging.getLogger(__name__)
 
+# Rows that gemv can take, and those it does where gemm is compiled to the tensor cores of sm_80 and newer. Counted in
+# the loops of sm_80, sm_90 and sm_120, instructions a weight (sm_90; registers of a thread):
+#
+#                                gemv: 1 row     2           4           8           gemm, to 16
+#   affine4.g128.asym            7.7   (96)      10.8 (95)   13.4 (128)  20.6 (128)  11.2 (96)
+#   Q4_K                         8.9   (95)      14.1 (95)   16.8 (127)  23.8 (126)  11.6 (80)
+#   codebook4.nf4.g64            7.9   (119)     10.4 (95)   13.1 (148)  20.1 (128)   9.9 (80)
+#   codebook8.v8.x2              8.2   (128)     10.3 (122)  12.9 (168)  19.2 (165)   8.5 (71)
+#   IQ3_XXS                      19.4  (164)     25.3 (127)  27.1 (203)  36.5 (186)  21.4 (122)
+#   trellis3.mcg                 10.3  (95)      22.6 (98)   24.9 (132)  31.8 (128)  18.7 (80)
+#
+# The weights that programs of one multiprocessor have in flight are 4096 (affine4, 8 rows) against 20480. AMD's counts
+# do not agree (4 rows, 8, gemm: affine4 on gfx1100 15, 26, 18; codebook8.v8.x2 11, 18, 27), so it stays with gemv.
 GEMV_ROWS = 8
+_GEMV_ROWS_BESIDE_DOTS = 2
 GEMM_ROWS = 64
 # Of the interpreter, and of a compilation with no device.
 _ASSUMED_CAPABILITY, _ASSUMED_PROCESSORS = 80, 108
@@ -43,26 +58,38 @@ _SUM_BLOCK = 1024
 def plan(
     rows: int, shape: tuple[int, int], capability: int = _ASSUMED_CAPABILITY, processors: int = _ASSUMED_PROCESSORS
 ) -> Plan:
-    """The template for `rows` inputs to a weight of `shape` (N, K).
+    """The template for `rows` inputs to a weight of `shape` (N, K), and its launch.
 
     capability: 10 * major + minor; processors: multiprocessors (compute units) of the device.
     """
+    few = GEMV_ROWS if capability < 80 or torch.version.hip else _GEMV_ROWS_BESIDE_DOTS
+    dots = capability >= 80 and rows <= GEMM_ROWS
+    return plan_of("gemv" if rows <= few else "gemm" if dots else "dequant", rows, shape, processors)
+
+
+def plan_of(kernel: str, rows: int, shape: tuple[int, int], processors: int = _ASSUMED_PROCESSORS) -> Plan:
+    """How that template (gemv: up to GEMV_ROWS) is launched where nobody measured it.
+
+    One tile for all families: for vector codebooks, IQ grids and the trellis too, the smaller ones that were compiled
+    for sm_90 decode with more instructions a weight (gemv of one row 32 x 128 | 32 x 64 | 16 x 128: IQ3_XXS 19 | 28 |
+    28, trellis3 10 | 25 | 27) and have no more weights in flight, and 8 warps halve those.
+    """
     n, k = shape
-    if rows <= GEMV_ROWS:
-        bm = power_of_two(rows)
+    if kernel == "dequant":
+        return Plan("dequant", {"BN": 64, "BK": 64}, 4, 1)
+    bm = power_of_two(rows)
+    if kernel == "gemv":
         # acc [BM, BK, BN] lives in registers, 32 to 64 a thread. BM * BK >= 128, one input a thread: below
         # that Triton replaces the load of x by one broadcast load a number (BN 64, BK 64: 35 loads instead
         # of 4).
-        tile, warps, stages = {"BM": bm, "BN": 32, "BK": 128 if bm == 1 else 64 if bm <= 4 else 32}, 4, 2
-    elif rows <= GEMM_ROWS and capability >= 80:
-        tile, warps, stages = {"BM": max(16, power_of_two(rows)), "BN": 64, "BK": 64}, 4, 3
+        tile, stages = {"BM": bm, "BN": 32, "BK": 128 if bm == 1 else 64 if bm <= 4 else 32}, 2
     else:
-        return Plan("dequant", {"BN": 64, "BK": 64}, 4, 1)
+        tile, stages = {"BM": min(128, max(16, bm)), "BN": 64, "BK": 64}, 3
     # Enough programs to fill the device four times over, unless partial sums (8 bytes each, written and read)
     # would come to more than an eighth of 4-bit weights: 8 * rows * split <= k / 2 / 8.
     programs = -(-n // tile["BN"])
     split = max(1, min(4 * processors // programs, k // (128 * rows)))
-    return Plan("gemv" if rows <= GEMV_ROWS else "gemm", tile, warps, stages, split)
+    return Plan(kernel, tile, 4, stages, split)
 
 
 @cache
@@ -141,8 +168,7 @@ parse = cache(Spec.parse)
 @cache
 def chosen(spec: str, shape: tuple[int, int], rows: int, device: torch.device) -> Plan:
     """The measured plan for `device` where there is one (plans.py), else `plan`'s; remembered."""
-    found = parse(spec)
-    measured = tuned(gpu_name(device), (found.family, found.bits, *shape), rows) if device.type == "cuda" else None
+    measured = tuned(gpu_name(device), (spec, *shape), rows) if device.type == "cuda" else None
     return measured or plan(rows, shape, *_device(device))
 
 
@@ -233,15 +259,14 @@ KERNELS = (("gemv", 1), ("gemv", 8), ("gemm", 16), ("dequant", 128))
 
 
 def aot_cases(target: Target, weights: Sequence[Weight], shape: tuple[int, int] = (4096, 4096)) -> Iterator[Case]:
-    """Every template and weight, and the sum of a split. Only sm_80 and newer launch gemm; the others compile it as
-    sm_80 would launch it, to know that they can."""
+    """Every template and weight, those too that only a measured table would choose there (a GPU older than sm_80 is
+    compiled gemm, a newer one gemv of 8 rows), and the sum of a split."""
     types = {"partial": "*fp32", "y": f"*{target.dtype}", "S": "i32", "SIZE": "i32"}
     sizes, options = {"BLOCK": _SUM_BLOCK}, {"num_warps": 4, **EXACT}
     yield Case("split_sum", 1, "", "matmul", matmul.split_sum, types, sizes, options, target.dtype)
     for weight in weights:
         for kernel, rows in KERNELS:
-            how = plan(rows, shape, max(target.capability, 80) if kernel == "gemm" else target.capability)
-            assert how.kernel == kernel, (how, kernel)
+            how = plan_of(kernel, rows, shape)
             arguments = {
                 "x": f"*{target.dtype}",
                 "parts": weight.pointers,

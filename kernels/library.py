@@ -1,4 +1,4 @@
-"""The compiled library of kernels/cpp and the types of its functions' arguments."""
+"""The compiled library of `kernels/cpp/`: found, checked, its functions declared."""
 
 import ctypes
 import logging
@@ -8,7 +8,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of native.cpp's functions and structures.
-_ABI = 13
+_ABI = 16
 
 
 @cache
@@ -30,6 +30,7 @@ def library() -> ctypes.CDLL | None:
     lib.bitsmith_pack_blocks.argtypes = [pointer, number]
     lib.bitsmith_pack_levels.argtypes = [pointer, size, size, number, number, pointer]
     lib.bitsmith_unpack_levels.argtypes = lib.bitsmith_pack_levels.argtypes
+    lib.bitsmith_pack_groups.argtypes = [pointer, size, size, size, size, number, pointer]
     lib.bitsmith_codes.argtypes = [pointer, size, size, size, number, pointer, number]
     lib.bitsmith_run.argtypes = [pointer, size]
     lib.bitsmith_invoker.argtypes, lib.bitsmith_invoker.restype = [pointer], pointer

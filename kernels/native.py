@@ -41,7 +41,7 @@ PATHS = ("generic", "avx2", "avx512", "amx", "folded", "neon", "neon-dotprod")
 _INT8, _BFLOAT = 0, 1
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 # What bytes of scales are, by their storage's name.
-_BYTES = {"e8m0": 4, "ue4m3": 5}
+BYTES = {"e8m0": 4, "ue4m3": 5}
 # Table look-up of 8-bit codes takes bit 7 as the sign.
 _MAGNITUDES = 128
 _BY_GROUP = {"scales", "zeros", "mins"}
@@ -290,7 +290,7 @@ def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
 
 
 def _number_type(spec: Spec, stored: Tensor) -> int:
-    return _BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
+    return BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
 
 
 def scale_rows(spec: Spec, n: int) -> int:

@@ -64,13 +64,13 @@ class FloatLinear:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.parts.values())
 
-    def __call__(self, x: Tensor, *, plain: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, path: str = "") -> Tensor:
         """x [M, K] contiguous, float32, bfloat16 or float16, columns in packed order -> [M, N] in x's dtype.
 
-        plain: without this machine's vector instructions, for tests.
+        path: "generic" (no vector instructions) or "avx2", for tests; the best of this machine if empty.
         """
-        if plain:
-            return _linear(x, self._header, self._tensors, self.shape[0], plain)
+        if path:
+            return _linear(x, self._header, self._tensors, self.shape[0], native.PATHS.index(path))
         y: Tensor = linear(x, self._header, self._tensors, self.shape[0])
         return y
 
@@ -85,19 +85,19 @@ class FloatLinear:
         return QTensor(self.spec, self.shape, parts, self.extra)
 
 
-def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, plain: bool = False) -> Tensor:
+def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
-    _linear_call(y, x, header, tensors, plain)()
+    _linear_call(y, x, header, tensors, path)()
     return y
 
 
 def _linear_call(
-    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], plain: bool = False
+    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
 ) -> Callable[[], object]:
     lib = native.library()
     assert lib is not None
     source = native.structure(_Source, header, tensors)
-    return native.product_call(lib.bitsmith_floats, source, y, x, plain)
+    return native.product_call(lib.bitsmith_floats, source, y, x, path)
 
 
 # x [M, K] contiguous, columns in packed order; header and tensors from `native.operands` -> [M, n] in x's dtype.

@@ -1,5 +1,5 @@
 """Products of the native library for codes that are indices and signs of a named grid (kernels/grids.py; GGUF's IQ1,
-IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h.
+IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h (AVX2), grids512.h (AVX-512).
 
 The QTensor is read as it is: nothing is packed, and nothing is kept beside it but the grid.
 """
@@ -17,18 +17,26 @@ from .native_two_level import SUPER
 from .qtensor import QTensor
 from .spec import GRIDS
 
+# (table, group, bits of a scale's code): the forms of cpp/grids.h.
+_FORMS = {
+    ("iq1s", 32, 4),
+    ("iq1m", 16, 3),
+    ("iq2xxs", 32, 4),
+    ("iq2xs", 16, 4),
+    ("iq2s", 16, 4),
+    ("iq3xxs", 32, 4),
+    ("iq3s", 32, 4),
+}
+
 
 class _Weight(ctypes.Structure):
     """`grids::Weight` of cpp/grids.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "supers", "vectors", "signs", "places", "levels")),
         *((name, ctypes.c_int64) for name in ("n", "k", "words", "scale_words")),
         ("unit", ctypes.c_float),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("width", "index_bits", "indices", "sign_bits", "group", "scale_bits", "scale_mask")
-        ),
+        *((name, ctypes.c_int32) for name in ("width", "group")),
     )
 
 
@@ -66,7 +74,9 @@ def supports(q: QTensor) -> bool:
     level = spec.two_level
     if spec.table not in GRIDS or level is None or spec.rows != 1 or spec.view or q.shape[1] % SUPER:
         return False
-    whole = level[0] == "f16" and spec.group * level[1] == SUPER and spec.group in (16, 32) and spec.scale_code[0] < 8
+    whole = (
+        level[0] == "f16" and spec.group * level[1] == SUPER and (spec.table, spec.group, spec.scale_code[0]) in _FORMS
+    )
     return whole and native.best_path() in ("avx2", "avx512", "amx") and native.int8_activations()
 
 
@@ -75,15 +85,15 @@ def pack(q: QTensor) -> GridLinear:
     spec, table = q.spec, GRIDS[q.spec.table]
     parts = {name: part.contiguous() for name, part in q.parts.items()}
     vectors, signs, step = _tables(spec.table)
+    places, levels = _levels(spec.table, step)
     weight = _Weight(
         n=q.shape[0], k=q.shape[1], words=parts["codes"].shape[1], scale_words=parts["scales"].shape[1],
-        unit=table.factor / 2 * step, width=spec.width, index_bits=vectors.shape[0].bit_length() - 1,
-        indices=table.indices, sign_bits=table.signs, group=spec.group,
-        scale_bits=spec.scale_code[0], scale_mask=spec.scale_levels - 1,
+        unit=table.factor / 2 * step, width=spec.width, group=spec.group,
         codes=parts["codes"].data_ptr(), scales=parts["scales"].data_ptr(), supers=parts["super_scales"].data_ptr(),
         vectors=vectors.data_ptr(), signs=None if signs is None else signs.data_ptr(),
+        places=places.data_ptr(), levels=levels.data_ptr(),
     )  # fmt: skip
-    held = [*parts.values(), vectors, *([] if signs is None else [signs])]
+    held = [*parts.values(), vectors, places, levels, *([] if signs is None else [signs])]
     return GridLinear(QTensor(spec, q.shape, parts, q.extra), *native.operands(weight, held))
 
 
@@ -100,6 +110,17 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
     plain = grids.vectors(name)
     numbers = torch.cat([plain + grids.SHIFT, plain - grids.SHIFT])
     return (numbers / grids.SHIFT).to(torch.int8), None, grids.SHIFT
+
+
+@cache
+def _levels(name: str, step: float) -> tuple[Tensor, Tensor]:
+    """(int16 [2**bits] by index: places of 8 or 4 numbers, two or three bits each, uint8 [64] by place modulo 4 or 8:
+    the number plus 128), without shifts."""
+    vectors = grids.vectors(name)
+    levels, bits = vectors.unique(), 2 if vectors.shape[1] == 8 else 3
+    places = torch.searchsorted(levels, vectors) << torch.arange(vectors.shape[1]) * bits
+    number = levels[(torch.arange(64) % (1 << bits)).clamp(max=levels.shape[0] - 1)]
+    return places.sum(1).to(torch.int16), (number / step + 128).to(torch.uint8)
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:

@@ -1,5 +1,6 @@
-"""The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, decode attention and
-the residual's sum, in bfloat16 with float32 inside; and rows written to their places in a cache.
+"""The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, decode attention, the
+residual's sum and the Hadamard transform (cpp/rotate.h), in bfloat16 with float32 inside; and rows written to their
+places in a cache.
 
 One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
 operators of kernels/fused.py take them where `usable`; their torch twins are the oracle. Each function here gives the
@@ -41,10 +42,13 @@ def _library() -> ctypes.CDLL | None:
     lib.bitsmith_gated.argtypes = [p, p, p, size, size, size, size, number, number]
     lib.bitsmith_rope.argtypes = [p, p, p, p, size, size, size, size, size, size, number, number]
     lib.bitsmith_attend.argtypes = [p, number, number]
+    lib.bitsmith_attend_chunk.argtypes = [p, number]
+    lib.bitsmith_chunk_taken.argtypes = [size, size]
     lib.bitsmith_add.argtypes = [p, p, p, size, number]
     lib.bitsmith_scatter.argtypes = [p, size, p, p, size, size, size]
     lib.bitsmith_gather.argtypes = [p, size, size, p, p, size, size]
-    for name in ("norm", "gated", "rope", "attend", "add", "scatter", "gather"):
+    lib.bitsmith_rotate.argtypes = [p, size, size, size, p, number, number, p, number]
+    for name in ("norm", "gated", "rope", "attend", "attend_chunk", "add", "scatter", "gather", "rotate"):
         getattr(lib, f"bitsmith_{name}").restype = None
     return lib
 
@@ -78,6 +82,15 @@ def gated(y: Tensor, gate: Tensor, up: Tensor, act: int) -> ops.Call:
     return partial(
         _functions().bitsmith_gated, gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0),
         up.stride(0), act, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rotate(y: Tensor, x: Tensor, vector: Tensor | None, block: int, first: bool) -> ops.Call:
+    """transform.rotate: x [M, K], contiguous and `usable` -> y [M, K padded to whole blocks], contiguous."""
+    address, dtype = (None, 0) if vector is None else (vector.data_ptr(), native.DTYPES[vector.dtype])
+    return partial(
+        _functions().bitsmith_rotate, x.data_ptr(), *x.shape, block, address, dtype, first, y.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 
@@ -164,17 +177,26 @@ scatter = ops.define(
 )
 
 
-def _attend_call(
+def _attention(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
-) -> ops.Call:  # fmt: skip
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+) -> Any:  # fmt: skip
+    """What both kinds of attention take."""
     what = _Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
         heads=q.shape[1], kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
         block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
     )  # fmt: skip
-    return partial(_functions().bitsmith_attend, ctypes.byref(what), torch.get_num_threads(), plain)
+    return ctypes.byref(what)
+
+
+def _attend_call(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
+    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
+) -> ops.Call:  # fmt: skip
+    what = _attention(out, q, k, v, block_table, context_len, block_size, scale, window, softcap, sinks)
+    return partial(_functions().bitsmith_attend, what, torch.get_num_threads(), plain)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor:
@@ -195,4 +217,25 @@ attend = ops.define(
     _attend,
     _attend_fake,
     lambda results, *arguments, **options: _attend_call(results[0], *arguments, **options),
+)
+
+
+def takes_chunks(k: Tensor, v: Tensor) -> bool:
+    """Whether `attend_chunk` takes caches of these head sizes on this machine. With AMX torch's own attention has the
+    tiles, and the library has none for it."""
+    return native.best_path() == "avx512" and bool(_functions().bitsmith_chunk_taken(k.shape[2], v.shape[2]))
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    _functions().bitsmith_attend_chunk(_attention(out, q, k, v, *more), torch.get_num_threads())
+    return out
+
+
+# The last q.shape[0] tokens of one sequence; otherwise as `attend`: block_table int32 [1, P], context_len int32 [1].
+attend_chunk = ops.define(
+    "native_attend_chunk(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_len, int block_size, "
+    "float scale, int? window, float? softcap, Tensor? sinks) -> Tensor",
+    _attend_chunk,
+    _attend_fake,
 )

@@ -3,6 +3,8 @@ IQ4_XS), with int8 activations: cpp/two_level.h (AVX2), two_level512.h (AVX-512)
 
     weight   2 to 6 bits in groups of 16 or 32, scales of 4, 6 or 8 bits, a float16 super scale for 256 inputs; mins
              of the same kind, a fixed zero point, or the IQ4_NL table
+             With AVX-512 also FP4 (its doubles are the table) with an E4M3 scale for 16 inputs, and without AMX, whose
+             tiles native.py uses, with a power of two for 32
     x        rounded to int8 with a step for 128 inputs of a row; integer dot products are exact
 
 The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from . import bits, blocks, codebook, native, ops
 from .families import family, level_codes
+from .minifloat import E2M1
 from .qtensor import QTensor
 from .spec import Spec
 
@@ -25,6 +28,8 @@ SUPER = 256
 # with the table.
 _FORMS = {(2, 16, 4), (3, 16, 6), (4, 32, 6), (5, 32, 6), (6, 16, 8)}
 _TABLE_FORMS = {(4, 32, 6)}
+# (group, scale) of FP4 -> the processors on which it is taken.
+_FLOAT_FORMS = {(16, "ue4m3"): ("avx512", "amx"), (32, "e8m0"): ("avx512",)}
 _LEVELS = ("scales", "mins")
 
 
@@ -34,7 +39,8 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "mins", "supers", "super_mins", "table")),
         *((name, ctypes.c_int64) for name in ("n", "k")),
-        *((name, ctypes.c_int32) for name in ("bits", "group", "sub_bits", "offset", "zero")),
+        *((name, ctypes.c_int32) for name in ("bits", "group", "sub_bits", "offset", "zero", "scale_dtype")),
+        ("factor", ctypes.c_float),
     )
 
 
@@ -46,7 +52,8 @@ class TwoLevelLinear:
     spec: Spec
     shape: tuple[int, int]
     extra: Mapping[str, Tensor]
-    # codes, scales and mins uint8 (cpp/two_level.h), super_scales and super_mins float16 [blocks, super blocks, 16].
+    # codes, scales and mins uint8 (cpp/two_level.h), super_scales and super_mins float16 [blocks, super blocks, 16];
+    # global_scale as it was.
     parts: Mapping[str, Tensor]
     # What `linear` takes.
     _header: Tensor = field(repr=False)
@@ -73,12 +80,18 @@ class TwoLevelLinear:
     def blocks(self, which: Tensor) -> QTensor:
         """The rows of blocks `which` int64 [T] of 16 output rows each: 16 * T rows, those beyond N zero."""
         count = -(-self.shape[0] // native.ROWS)
-        parts = {name: native.select_blocks(part, count, which) for name, part in self.parts.items()}
+        parts = {
+            name: part if name == "global_scale" else native.select_blocks(part, count, which)
+            for name, part in self.parts.items()
+        }
         n = which.shape[0] * native.ROWS
         return QTensor(self.spec, (n, self.shape[1]), self._restored(parts, n))
 
     def _restored(self, packed: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
         k, parts = self.shape[1], {}
+        if self.spec.two_level is None:
+            codes = native.unpack_codes(packed["codes"], n, k, self.spec.bits)
+            return {**native.scales_as_given(packed, 1, n), "codes": codes}
         for name, part in packed.items():
             if name == "codes":
                 parts[name] = native.unpack_codes(part, n, k, self.spec.bits)
@@ -93,17 +106,16 @@ class TwoLevelLinear:
 
 def supports(q: QTensor) -> bool:
     """Whether `pack` can take `q` on this machine (which must have AVX2 or NEON) and int8 activations are allowed."""
+    if q.spec.rows != 1 or q.spec.view or native.best_path() in ("", "generic") or not native.int8_activations():
+        return False
+    return _float_scales(q) if q.spec.two_level is None else _two_levels(q)
+
+
+def _two_levels(q: QTensor) -> bool:
     spec = q.spec
     level = spec.two_level
-    if (
-        level is None
-        or spec.rows != 1
-        or spec.view
-        or q.shape[1] % SUPER
-        or (level[0], spec.group * level[1]) != ("f16", SUPER)
-    ):
-        return False
-    if "scale_table" in q.parts or native.best_path() in ("", "generic") or not native.int8_activations():
+    assert level is not None
+    if q.shape[1] % SUPER or (level[0], spec.group * level[1]) != ("f16", SUPER) or "scale_table" in q.parts:
         return False
     form = (spec.bits, spec.group, spec.scale_code[0])
     if spec.family == "codebook":
@@ -111,11 +123,19 @@ def supports(q: QTensor) -> bool:
     return spec.family == "affine" and spec.zero in ("min", "sym", "one", "none") and form in _FORMS
 
 
+def _float_scales(q: QTensor) -> bool:
+    if q.spec.table != "e2m1" or q.shape[1] % native.BLOCK or "perm" in q.parts:
+        return False
+    return native.best_path() in _FLOAT_FORMS.get((q.spec.group, q.spec.scale), ())
+
+
 def pack(q: QTensor) -> TwoLevelLinear:
     """`q` in the library's layout; `supports(q)` must be true."""
     spec, (n, k) = q.spec, q.shape
     found = blocks.in_place([q.parts])
     parts = native.from_blocks(found[0], q.shape) if found else _packed(q)
+    if spec.two_level is None:
+        return _with_float_scales(q, parts)
     width, offset = spec.scale_code
     weight = _Weight(
         n=n, k=k, bits=spec.bits, group=spec.group, sub_bits=width, offset=offset,
@@ -131,13 +151,25 @@ def pack(q: QTensor) -> TwoLevelLinear:
     return TwoLevelLinear(spec, q.shape, q.extra, parts, *native.operands(weight, held))
 
 
+def _with_float_scales(q: QTensor, parts: dict[str, Tensor]) -> TwoLevelLinear:
+    table = torch.tensor([2 * v for v in (*E2M1, *(-v for v in E2M1))], dtype=torch.int8)
+    weight = _Weight(
+        n=q.shape[0], k=q.shape[1], bits=q.spec.bits, group=q.spec.group, codes=parts["codes"].data_ptr(),
+        scales=parts["scales"].data_ptr(), scale_dtype=native.BYTES[q.spec.scale], table=table.data_ptr(),
+        factor=0.5 * float(q.parts.get("global_scale", 1.0)),
+    )  # fmt: skip
+    return TwoLevelLinear(q.spec, q.shape, q.extra, parts, *native.operands(weight, [*parts.values(), table]))
+
+
 def _packed(q: QTensor) -> dict[str, Tensor]:
     """Parts in the library's layout."""
     spec, (n, k), parts = q.spec, q.shape, {}
     for name, part in q.parts.items():
         if name == "codes":
             parts[name] = native.pack_codes([part], k, spec.bits)
-        elif name in _LEVELS:
+        elif name == "global_scale":
+            parts[name] = part
+        elif name in _LEVELS and spec.two_level:
             parts[name] = _packed_codes(level_codes(spec, part, q.parts[f"super_{name}"]), spec)
         else:
             parts[name] = native.by_block([part.view(n, -1)])

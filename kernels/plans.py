@@ -3,12 +3,15 @@
 A table is results/tune/<gpu>.json, <gpu> being torch's name of the device in lower case with dashes (nvidia-h200):
 
     {"gpu": "NVIDIA H200", "triton": "3.6.0", "rows": [
-    {"family": "affine", "bits": 4, "n": 4096, "k": 4096, "m": 1, "kernel": "gemv",
+    {"spec": "affine4.g128.asym", "n": 4096, "k": 4096, "m": 1, "kernel": "gemv",
      "tile": {"BM": 1, "BN": 32, "BK": 128}, "num_warps": 4, "num_stages": 2, "split": 4, "us": 4.1}, ...]}
 
-`m` is the number of rows measured, a power of two; it serves every number of rows above the next smaller one, and the
-largest serves all above. A product takes the row of its family, bits and shape; without one, the heuristics of
-cuda.plan. Nothing is ever measured while a model runs: `bitsmith bench kernels --tune` does that and writes the table.
+`spec` is what the kernel is compiled for (`Spec.as_compiled`), since the group, the levels of the scales and the length
+of a vector cost as much as the bits do; n and k are outputs and inputs as packed. `m` is the number of rows measured, a
+power of two; it serves every number of rows above the next smaller one, and the largest serves all above. A product
+takes the row of its spec and shape; without one, the heuristics of cuda.plan. A row of another shape is no substitute:
+`split` and BN fill one GPU with one N and K. Nothing is ever measured while a model runs: `bitsmith bench kernels
+--tune` does that and writes the table, with --shapes for those of a model.
 
 Looked up in this order: `$XDG_CACHE_HOME/bitsmith/tune` (by default ~/.cache; what --tune of an installed bitsmith
 writes), then results/tune of the package, which wheels carry.
@@ -25,13 +28,14 @@ from typing import Any
 
 from ..errors import UserError
 from .lang import EXACT
+from .spec import Spec
 
 PACKAGED = Path(__file__).resolve().parents[1] / "results" / "tune"
 KERNELS = ("gemv", "gemm", "dequant")
 _TILES = {"gemv": {"BM", "BN", "BK"}, "gemm": {"BM", "BN", "BK"}, "dequant": {"BN", "BK"}}
-_NUMBERS = ("bits", "n", "k", "m", "num_warps", "num_stages", "split")
-# family, bits, n, k
-Key = tuple[str, int, int, int]
+_NUMBERS = ("n", "k", "m", "num_warps", "num_stages", "split")
+# spec, n, k
+Key = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def own_dir() -> Path:
 
 @cache
 def tables(gpu: str) -> Mapping[Key, Mapping[int, Plan]]:
-    """{family, bits, n, k: {m: plan}} of every table of that device, the user's own rows first; read once.
+    """{spec, n, k: {m: plan}} of every table of that device, the user's own rows first; read once.
 
     Raises UserError for a damaged table."""
     found: dict[Key, dict[int, Plan]] = {}
@@ -78,7 +82,7 @@ def tables(gpu: str) -> Mapping[Key, Mapping[int, Plan]]:
         path = folder / file_name(gpu)
         if path.is_file():
             for row in read(path)["rows"]:
-                key = (row["family"], row["bits"], row["n"], row["k"])
+                key = (row["spec"], row["n"], row["k"])
                 plan = Plan(row["kernel"], row["tile"], row["num_warps"], row["num_stages"], row["split"])
                 found.setdefault(key, {})[row["m"]] = plan
     return found
@@ -107,6 +111,8 @@ def read(path: Path) -> dict[str, Any]:
         kernel = row.get("kernel") if isinstance(row, dict) else None
         if kernel not in KERNELS:
             raise UserError(f"{path}, row {number}: kernel is {kernel!r}; accepted: {', '.join(KERNELS)}; {fix}")
+        if problem := _spec_problem(row.get("spec")):
+            raise UserError(f"{path}, row {number}: {problem}; {fix}")
         wrong = [name for name in _NUMBERS if not isinstance(row.get(name), int) or row[name] < 1]
         if wrong:
             raise UserError(f"{path}, row {number}: {wrong[0]} is {row.get(wrong[0])!r}, not a positive number; {fix}")
@@ -117,3 +123,14 @@ def read(path: Path) -> dict[str, Any]:
                 f"{', '.join(sorted(_TILES[kernel]))}; {fix}"
             )
     return dict(table)
+
+
+def _spec_problem(text: Any) -> str:
+    """Why no product would ever look up `text`, or ""."""
+    if not isinstance(text, str):
+        return f"spec is {text!r}, not a spec such as affine4.g128.asym"
+    try:
+        compiled = str(Spec.parse(text).as_compiled())
+    except UserError as error:
+        return str(error)
+    return "" if compiled == text else f"spec is {text!r}; kernels are compiled for {compiled!r}"

@@ -7,7 +7,7 @@ a scale shared by 128 rows is stored once. Codes a family keeps in tiles of its 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -29,8 +29,7 @@ _METADATA = ("scales", "zeros", "mins")
 class Packed:
     """A weight in the device layout. Made by `pack`."""
 
-    # Of the tensor it was made from, and that spec with `view`, `pre`, `post` and `act` cleared: what the kernels are
-    # compiled for.
+    # Of the tensor it was made from, and that spec's `as_compiled`.
     original: Spec
     spec: Spec
     # (out_features, in_features) of the tensor it was made from, and (N, K) of the packed weight: whole tiles of codes
@@ -72,7 +71,7 @@ def pack(q: QTensor) -> Packed:
     """The device form of `q`, on its device; `layout_problem(q)` must be empty."""
     assert not layout_problem(q), layout_problem(q)
     inner = core(q)
-    spec = replace(inner.spec, view="")
+    spec = inner.spec.as_compiled()
     n, k = inner.shape
     parts = dict(inner.parts)
     if spec.table in FIXED:

@@ -244,6 +244,10 @@ class Spec:
         """The same storage with nothing around the product."""
         return replace(self, pre=(), post=())
 
+    def as_compiled(self) -> "Spec":
+        """What device kernels are compiled for: the same codes and scales, without view, steps or activation."""
+        return replace(self.without_steps(), view="", act="")
+
     def _text(self) -> str:
         group = "channel" if self.group == -1 else f"g{self.group}"
         if self.rows != 1:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cuda, plans
 from .lang import HAVE_TRITON, need_triton
-from .plans import Plan, file_name, own_dir, power_of_two, read
+from .plans import Plan, file_name, own_dir, read
 
 if HAVE_TRITON:
     import triton
@@ -49,14 +49,8 @@ class Best:
 
 def starts(rows: int, shape: tuple[int, int], capability: int, processors: int) -> list[Plan]:
     """A first plan of every template that can take `rows` inputs on such a GPU."""
-    found = [Plan("dequant", {"BN": 64, "BK": 64}, 4, 1)]
-    if rows <= cuda.GEMV_ROWS:
-        found.append(cuda.plan(rows, shape, capability, processors))
-    if capability >= 80:
-        tile = {"BM": min(128, max(_LEAST_DOT_ROWS, power_of_two(rows))), "BN": 64, "BK": 64}
-        split = max(1, min(4 * processors * tile["BN"] // shape[0], shape[1] // (128 * rows)))
-        found.append(Plan("gemm", tile, 4, 3, split))
-    return found
+    possible = {"dequant": True, "gemv": rows <= cuda.GEMV_ROWS, "gemm": capability >= 80}
+    return [cuda.plan_of(kernel, rows, shape, processors) for kernel, fits in possible.items() if fits]
 
 
 def neighbours(plan: Plan, rows: int) -> Iterator[Plan]:
@@ -118,8 +112,7 @@ def tune(
             ]
             best = min(candidates, key=lambda each: each.us)
             row = {
-                "family": packed.spec.family,
-                "bits": packed.spec.bits,
+                "spec": str(packed.spec),
                 "n": packed.shape[0],
                 "k": packed.shape[1],
                 "m": m,
@@ -175,4 +168,4 @@ def write(path: Path, gpu: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["family"], row["bits"], row["n"], row["k"], row["m"]
+    return row["spec"], row["n"], row["k"], row["m"]

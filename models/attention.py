@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import UserError
 from ..kernels import paged
 from ..kernels.attention import KVShape, paged_attention
-from .batch import WarmUp, current_step, running
+from .batch import Step, WarmUp, current_step, running
 
 ATTENTION = "bitsmith_paged"
 
@@ -56,14 +56,29 @@ def paged_forward(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     step.cache.store(layer, k, v, batch.slots)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    if step.cache.kernels:
-        out = paged.paged_attention(
-            q, *step.cache.parts(layer), batch.cu_q, batch.context_len, batch.block_table, batch.num_decode,
-            step.cache.block_size, v.shape[-1], step.cache.kernels, scale, sliding_window, softcap, s_aux,
+    return attend(step, layer, q, v.shape[-1], scale, sliding_window, softcap, s_aux).unsqueeze(0), None
+
+
+def attend(
+    step: Step,
+    layer: int,
+    q: Tensor,
+    value_dim: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q `[T, H, D]` over the layer's cache, which holds the batch's own keys and values already -> `[T, H, Dv]`."""
+    batch, cache = step.batch, step.cache
+    if cache.kernels:
+        attended: Tensor = paged.paged_attention(
+            q, *cache.parts(layer), batch.cu_q, batch.context_len, batch.block_table, batch.num_decode,
+            cache.block_size, value_dim, cache.kernels, scale, window, softcap, sinks,
         )  # fmt: skip
-        return out.unsqueeze(0), None
-    cache_k, cache_v = step.cache.parts(layer)
-    out = paged_attention(
+        return attended
+    cache_k, cache_v = cache.parts(layer)
+    return paged_attention(
         q,
         cache_k,
         cache_v,
@@ -71,15 +86,14 @@ def paged_forward(
         context_len=batch.context_len,
         block_table=batch.block_table,
         num_decode=batch.num_decode,
-        block_size=step.cache.block_size,
-        decode=step.cache.decode,
+        block_size=cache.block_size,
+        decode=cache.decode,
         scale=scale,
-        window=sliding_window,
+        window=window,
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
         memo=step.memo,
     )
-    return out.unsqueeze(0), None
 
 
 AttentionInterface.register(ATTENTION, paged_forward)

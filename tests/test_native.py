@@ -309,6 +309,44 @@ def test_decode_attention(
     close(run(torch.bfloat16), wanted, 4e-3)
 
 
+@pytest.mark.skipif(native.best_path() != "avx512", reason="chunks have AVX-512 kernels only")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim", "window", "softcap", "sinks"),
+    [(4, 4, 64, 64, None, None, False), (8, 1, 128, 128, None, None, True), (6, 3, 80, 96, 50, None, True),
+     (4, 2, 96, 16, 9, 30.0, False), (4, 2, 256, 256, 128, 5.0, True)],
+)  # fmt: skip
+def test_prefill_attention(
+    heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool
+) -> None:
+    """Decode rows and chunks (one token, the end of a longer text, whole prompts) against the torch twin in float32;
+    slots out of use hold NaN."""
+    lengths, counts, block_size = [9, 1, 200, 65, 130], [1, 1, 70, 65, 130], 4
+    blocks = [-(-n // block_size) for n in lengths]
+    order = torch.randperm(sum(blocks) + 3)
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    cache_k = torch.full(((sum(blocks) + 3) * block_size, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
+    cache_v = torch.full((cache_k.shape[0], kv_heads, value_dim), float("nan"), dtype=torch.bfloat16)
+    for row, own in enumerate(order[: sum(blocks)].split(blocks)):
+        table[row, : blocks[row]] = own
+        slots = (own[:, None] * block_size + torch.arange(block_size)).flatten()[: lengths[row]]
+        cache_k[slots] = torch.randn(lengths[row], kv_heads, dim).bfloat16()
+        cache_v[slots] = torch.randn(lengths[row], kv_heads, value_dim).bfloat16()
+    # Heads of a projection that holds more than queries.
+    q = torch.randn(sum(counts), heads + 2, dim).bfloat16()[:, :heads]
+    extra = torch.randn(heads) if sinks else None
+
+    def run(dtype: torch.dtype) -> Tensor:
+        return paged_attention(
+            q.to(dtype), (cache_k.to(dtype),), (cache_v.to(dtype),),
+            cu_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            context_len=torch.tensor(lengths, dtype=torch.int32), block_table=table, num_decode=1,
+            block_size=block_size, decode=lambda parts: parts[0], scale=dim**-0.5, window=window, softcap=softcap,
+            sinks=extra,
+        )  # fmt: skip
+
+    close(run(torch.bfloat16), run(torch.float32), 4e-3)
+
+
 def test_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the torch paths serve, and give the same within rounding."""
     q = random_qtensor("affine4.g128.sym", (64, 256))

@@ -58,6 +58,11 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def native_paths() -> list[str]:
+    """The best of this machine, plain loops, and what a machine without AVX-512 takes, where that differs."""
+    return ["", "generic", *(["avx2"] if native.best_path() in ("avx512", "amx") else [])]
+
+
 def random_qtensor(text: str, shape: tuple[int, int]) -> QTensor:
     spec = Spec.parse(text)
     if spec.family == "trellis":
@@ -114,13 +119,13 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
     return float((y.double() - x.double() @ weight.double().T).norm() / terms.norm())
 
 
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("path", native_paths())
 @pytest.mark.parametrize(("text", "shape"), cases())
-def test_every_weight_and_every_sum(text: str, shape: tuple[int, int], plain: bool) -> None:
+def test_every_weight_and_every_sum(text: str, shape: tuple[int, int], path: str) -> None:
     """The product with the identity is the weight: no value may differ in any bit."""
     q = random_qtensor(text, shape)
     assert native_float.supports(q)
-    product, weight = partial(native_float.pack(q), plain=plain), q.dequantize()
+    product, weight = partial(native_float.pack(q), path=path), q.dequantize()
     assert torch.equal(product(torch.eye(shape[1])).T, weight)
     for m in ROWS:
         x = torch.randn(m, shape[1])
@@ -147,8 +152,21 @@ def test_the_same_tensor_comes_back(text: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("text", ["codebook8.v8.x2.channel", "codebook8.v4.x4.g64.f32", "codebook4.rowtable.channel"])
 def test_tables_of_any_dtype(text: str, dtype: torch.dtype) -> None:
     q = random_codebook(text, (33, 320), dtype)
-    for plain in (False, True):
-        assert torch.equal(native_float.pack(q)(torch.eye(320), plain=plain).T, q.dequantize())
+    for path in native_paths():
+        assert torch.equal(native_float.pack(q)(torch.eye(320), path=path).T, q.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("text", ["codebook8.v8.x2.channel", "codebook16.v8.g8.f32", "codebook5.v8.x3.g24"])
+def test_vectors_by_few_rows(text: str, dtype: torch.dtype) -> None:
+    """Up to 8 rows meet the entries of a table themselves (cpp/dots.h): the weights once more bit for bit, and sums."""
+    q = random_codebook(text, (33, 328), dtype)
+    weight, product = q.dequantize(), native_float.pack(q)
+    for path, m in itertools.product(native_paths(), range(1, 9)):
+        found = torch.cat([product(rows.contiguous(), path) for rows in torch.eye(328).split(m)])
+        assert torch.equal(found.T, weight)
+        x = torch.randn(m, 328)
+        assert error(product(x, path), x, weight) < 1e-6
 
 
 @pytest.mark.parametrize("states", STATE_VALUES)
@@ -162,7 +180,8 @@ def test_all_states_of_a_trellis(states: str) -> None:
     q = QTensor(Spec.parse(f"trellis8.{states}"), (256, 16 * codes.shape[1]), {"codes": codes})
     product = native_float.pack(q)
     weight = q.dequantize()
-    assert torch.equal(product(torch.eye(weight.shape[1])).T, weight)
+    for path in native_paths():
+        assert torch.equal(product(torch.eye(weight.shape[1]), path).T, weight)
 
 
 def test_numbers_at_the_edges() -> None:
@@ -183,10 +202,10 @@ def test_numbers_at_the_edges() -> None:
                 {"codes": bits.pack(every[None], 8), "scales": torch.ones(1, 1)})
         for table in FLOATS
     ]  # fmt: skip
-    for q, plain in itertools.product((scales, e8m0, *codes), (False, True)):
+    for q, path in itertools.product((scales, e8m0, *codes), native_paths()):
         weight, product = q.dequantize(), native_float.pack(q)
         kept = torch.where(weight.isfinite(), torch.eye(q.shape[1]), 0.0)
-        found = torch.cat([product(row[None], plain=plain) for row in torch.eye(q.shape[1])[:: q.shape[1] // 256]])
+        found = torch.cat([product(row[None], path=path) for row in torch.eye(q.shape[1])[:: q.shape[1] // 256]])
         finite = weight[0, :: q.shape[1] // 256].isfinite()
         if bool(weight.isfinite().all()):
             assert torch.equal(found[:, 0], weight[0, :: q.shape[1] // 256])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsmith.kernels import dispatch, native, native_grids, native_two_level
 from bitsmith.kernels.qtensor import QTensor
+from bitsmith.kernels.spec import Spec
 from bitsmith.quant_formats import gguf_blocks
 from torch import Tensor
 
@@ -96,8 +97,10 @@ def test_extreme_codes_do_not_saturate(name: str, byte: int) -> None:
     q = gguf_blocks.unpack(name, raw, (16, 512))
     x = torch.full((3, 512), 2.0)
     x[1] = -2.0
-    found, weight = pack(q)(x), q.dequantize()
-    assert torch.equal(found, torch.zeros(3, 16)) if not weight.any() else error(found, x, weight) < 1e-6
+    product, weight = pack(q), q.dequantize()
+    for path in native_paths():
+        found = product(x, path)
+        assert torch.equal(found, torch.zeros(3, 16)) if not weight.any() else error(found, x, weight) < 1e-6
 
 
 @pytest.mark.parametrize(("name", "shape"), list(itertools.product(NAMES + GRIDS, SHAPES)))
@@ -147,6 +150,8 @@ def test_threads_share_one_product(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_what_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not native_two_level.supports(random_qtensor("Q4_0", (16, 256)))
     both = [random_qtensor(name, (16, 256)) for name in ("Q4_K", "IQ2_XS")]
+    other = Spec.parse("codebook16.iq2xs.v8.g32.u4:f16:8")
+    assert not native_grids.supports(QTensor(other, both[1].shape, both[1].parts))
     monkeypatch.setenv("BITSMITH_ACT", "bf16")
     for q in both:
         assert not native_two_level.supports(q) and not native_grids.supports(q)

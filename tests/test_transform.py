@@ -1,16 +1,18 @@
 """Steps around the product: the transform against its definition, the product against the folded weight."""
 
+import itertools
 import re
 from typing import Any
 
 import pytest
 import torch
 from bitsmith.errors import UserError
-from bitsmith.kernels import bits, transform
+from bitsmith.kernels import bits, native, transform
 from bitsmith.kernels.dispatch import prepare
 from bitsmith.kernels.families import scale_shape
 from bitsmith.kernels.grid import Params
 from bitsmith.kernels.qtensor import QTensor, build, core, matrix_shape, with_steps
+from bitsmith.kernels.recording import record
 from bitsmith.kernels.spec import Spec
 from torch import Tensor
 
@@ -157,6 +159,23 @@ def test_as_an_operator() -> None:
     arguments: tuple[Any, ...] = (x, vector, 64, True)
     torch.library.opcheck(torch.ops.bitsmith.hadamard.default, arguments)
     torch.library.opcheck(torch.ops.bitsmith.hadamard.default, (x, None, 64, False))
+
+
+@pytest.mark.skipif(not native.best_path(), reason="built without a C++ compiler")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_bfloat16_by_the_native_library(dtype: torch.dtype | None, first: bool) -> None:
+    """Its twin in float32 but for one rounding; rows end inside a block; a recording repeats it for other contents."""
+    for rows, block in itertools.product((1, 33), (2, 8, 64, 128, 1024)):
+        x = torch.randn(rows, 1000).bfloat16()
+        vector = None if dtype is None else (torch.randn(-(-1000 // block) * block)).to(dtype)
+        with torch.inference_mode():
+            recording = record(lambda x=x, vector=vector, block=block: transform.rotate(x, vector, block, first))
+            x.copy_(torch.randn(rows, 1000))
+            found = recording()
+        assert found.dtype is torch.bfloat16 and torch.equal(found, transform.rotate(x, vector, block, first))
+        wanted = transform._rotate_plain(x.float(), vector, block, first)
+        torch.testing.assert_close(found.float(), wanted, rtol=0.51 * 2**-7, atol=2e-6)
 
 
 def test_quantizing_is_refused() -> None:

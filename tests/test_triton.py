@@ -72,9 +72,9 @@ print(repack.supported(q))
         )
 
 
-def test_plan_chooses_by_rows_and_capability() -> None:
+def test_plan_chooses_by_rows_and_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (4096, 4096)
-    assert [cuda.plan(rows, shape, 80).kernel for rows in (1, 8, 9, 64, 65)] == ["gemv"] * 2 + ["gemm"] * 2 + [
+    assert [cuda.plan(rows, shape, 80).kernel for rows in (1, 2, 3, 64, 65)] == ["gemv"] * 2 + ["gemm"] * 2 + [
         "dequant"
     ]
     assert [cuda.plan(rows, shape, 75).kernel for rows in (1, 8, 9, 64)] == ["gemv"] * 2 + ["dequant"] * 2
@@ -83,6 +83,8 @@ def test_plan_chooses_by_rows_and_capability() -> None:
     for rows in range(1, 65):
         tile = cuda.plan(rows, shape).tile
         assert tile["BM"] >= min(rows, 64) and tile["BK"] % 32 == 0
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert [cuda.plan(rows, shape, 80).kernel for rows in (8, 9, 64)] == ["gemv", "gemm", "gemm"]
 
 
 def test_bfloat16_below_sm_80_runs_in_float16_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

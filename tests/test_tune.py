@@ -6,17 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from bitsmith.cli import _bench_kernels
 from bitsmith.errors import UserError
+from bitsmith.eval import kernel_speed as speed
+from bitsmith.eval.kernel_speed import random_weight
 from bitsmith.kernels import bits, cuda, plans, tune
 from bitsmith.kernels.plans import Plan
 from bitsmith.kernels.qtensor import QTensor
 from bitsmith.kernels.spec import Spec
 
 ROW: dict[str, Any] = {
-    "family": "affine", "bits": 4, "n": 64, "k": 128, "m": 4, "kernel": "gemv", "tile": {"BM": 4, "BN": 32, "BK": 64},
-    "num_warps": 2, "num_stages": 1, "split": 2, "us": 3.0,
+    "spec": "affine4.g32.asym", "n": 64, "k": 128, "m": 4, "kernel": "gemv",
+    "tile": {"BM": 4, "BN": 32, "BK": 64}, "num_warps": 2, "num_stages": 1, "split": 2, "us": 3.0,
 }  # fmt: skip
 GPU = "NVIDIA Test-9 (80GB)"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def test_file_names() -> None:
 
 
 def test_look_up(folders: tuple[Path, Path]) -> None:
-    key = ("affine", 4, 64, 128)
+    key = ("affine4.g32.asym", 64, 128)
     assert plans.tuned(GPU, key, 1) is None
     many = {**ROW, "m": 256, "kernel": "dequant", "tile": {"BN": 32, "BK": 64}, "split": 1}
     put(folders[0], ROW, many)
@@ -49,7 +53,9 @@ def test_look_up(folders: tuple[Path, Path]) -> None:
         found = plans.tuned(GPU, key, rows)
         assert found is not None and found.kernel == kernel, rows
     assert plans.tuned(GPU, key, 3) == Plan("gemv", {"BM": 4, "BN": 32, "BK": 64}, 2, 1, 2)
-    assert plans.tuned(GPU, ("affine", 3, 64, 128), 1) is None
+    for other in ("affine4.g64.asym", "affine4.g32.min.u6:f16:8", "affine3.g32.asym"):
+        assert plans.tuned(GPU, (other, 64, 128), 1) is None, "same bits, another decode"
+    assert plans.tuned(GPU, ("affine4.g32.asym", 128, 64), 1) is None
     assert plans.tuned("Other", key, 1) is None
     put(folders[1], {**ROW, "split": 7})
     found = plans.tuned(GPU, key, 4)
@@ -60,7 +66,7 @@ def test_look_up(folders: tuple[Path, Path]) -> None:
 
 def test_a_gemv_is_not_used_beyond_its_rows(folders: tuple[Path, Path]) -> None:
     put(folders[0], ROW)
-    assert plans.tuned(GPU, ("affine", 4, 64, 128), 5) is None
+    assert plans.tuned(GPU, ("affine4.g32.asym", 64, 128), 5) is None
 
 
 def test_a_device_takes_its_table(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +76,7 @@ def test_a_device_takes_its_table(folders: tuple[Path, Path], monkeypatch: pytes
     cuda.chosen.cache_clear()
     gpu = torch.device("cuda", 0)
     assert cuda.chosen("affine4.g32.asym", (64, 128), 3, gpu).num_warps == 2
-    assert cuda.chosen("affine3.g32.asym", (64, 128), 3, gpu) == cuda.plan(3, (64, 128), 90, 132)
+    assert cuda.chosen("affine4.g64.asym", (64, 128), 3, gpu) == cuda.plan(3, (64, 128), 90, 132)
     assert cuda.chosen("affine4.g32.asym", (64, 128), 3, torch.device("cpu")) == cuda.plan(3, (64, 128), 90, 132)
     cuda.chosen.cache_clear()
 
@@ -81,6 +87,12 @@ def test_a_device_takes_its_table(folders: tuple[Path, Path], monkeypatch: pytes
         ("nonsense", "not a table of tuned kernels"),
         ('{"gpu": "x"}', "not a table of tuned kernels"),
         (json.dumps({"rows": [{**ROW, "kernel": "magic"}]}), "row 1: kernel is 'magic'; accepted: gemv, gemm, dequant"),
+        (json.dumps({"rows": [{**ROW, "spec": None}]}), "row 1: spec is None, not a spec such as affine4.g128.asym"),
+        (json.dumps({"rows": [{**ROW, "spec": "affine9"}]}), "row 1: spec 'affine9.channel': bits is 9"),
+        (
+            json.dumps({"rows": [{**ROW, "spec": "affine4.g32.asym.a8"}]}),
+            "row 1: spec is 'affine4.g32.asym.a8'; kernels are compiled for 'affine4.g32.asym'",
+        ),
         (json.dumps({"rows": [ROW, {**ROW, "split": 0}]}), "row 2: split is 0, not a positive number"),
         (json.dumps({"rows": [{**ROW, "num_warps": "4"}]}), "row 1: num_warps is '4', not a positive number"),
         (
@@ -95,7 +107,7 @@ def test_a_damaged_table_names_file_and_row(text: str, words: str, folders: tupl
     path = folders[0] / "nvidia-test-9-80gb.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        plans.tuned(GPU, ("affine", 4, 64, 128), 1)
+        plans.tuned(GPU, ("affine4.g32.asym", 64, 128), 1)
     for word in (str(path), words, "delete the file, or measure again with `bitsmith bench kernels --tune`"):
         assert word in str(caught.value)
 
@@ -174,4 +186,22 @@ def test_tuning_writes_what_was_fastest(monkeypatch: pytest.MonkeyPatch) -> None
         (2048, "dequant", 50.0),
     ]
     assert all(r["num_warps"] != 8 for r in rows)
-    assert {"family", "bits", "n", "k"} <= rows[0].keys() and rows[0]["n"] == 64
+    assert (rows[0]["spec"], rows[0]["n"], rows[0]["k"]) == ("affine4.g32.sym", 64, 128)
+
+
+def test_tuning_measures_every_spec_asked_for(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that shares family and bits with another has a row of its own; steps and activation have no part in it."""
+    pytest.importorskip("triton")
+    specs = ["affine4.g64.asym", "Q4_K", "affine8.channel.sym.a8", "affine8.channel.sym", "affine4.g64.asym.perm"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tune, "device_timer", lambda run: 1.0)
+    monkeypatch.setattr(speed, "random_weight", lambda spec, shape, device: random_weight(spec, shape, CPU))
+    _bench_kernels._tune(torch.device("cuda"), [(256, 256)], [1], _bench_kernels._specs(",".join(specs)))
+    found = plans.read(folders[1] / "nvidia-test-9-80gb.json")["rows"]
+    assert [row["spec"] for row in found] == [
+        "affine4.g32.min.u6:f16:8", "affine4.g64.asym", "affine8.channel.sym"
+    ]  # fmt: skip
+    plans.tables.cache_clear()
+    for row in found:
+        assert plans.tuned(GPU, (row["spec"], 256, 256), 1) is not None

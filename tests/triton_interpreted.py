@@ -197,7 +197,7 @@ def check_product(text: str, shape: tuple[int, int], rows: int, dtype: torch.dty
     assert relative_rms(found, x.double() @ q.dequantize().double().T) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 17])
 @pytest.mark.parametrize(
     "text",
     [
@@ -217,14 +217,14 @@ def test_product(text: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("rows", [1, 8, 9, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 3, 64, 65])
 def test_product_dtypes_and_thresholds(rows: int, dtype: torch.dtype) -> None:
     if dtype is torch.bfloat16 and cuda.plan(rows, (33, 96)).kernel == "gemm":
         pytest.skip("the interpreter's dot multiplies the bits of bfloat16 (triton-lang/triton#11584)")
     check_product("affine4.g64.asym", (33, 96), rows, dtype)
 
 
-@pytest.mark.parametrize(("rows", "shape"), [(1, (40, 1030)), (3, (7, 1152)), (9, (17, 2400))])
+@pytest.mark.parametrize(("rows", "shape"), [(1, (40, 1030)), (2, (7, 1152)), (9, (17, 2400))])
 def test_split_of_the_inputs(rows: int, shape: tuple[int, int]) -> None:
     """K long enough for several programs per output, the last with less to do."""
     assert cuda.plan(rows, shape).split > 1
@@ -275,7 +275,7 @@ def test_a_second_run_gives_the_same_bits() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 16, 33])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 33])
 @pytest.mark.parametrize("group", ["g32", "g64", "g128", "channel"])
 @pytest.mark.parametrize("zero", ["sym", "asym", "zf16"])
 @pytest.mark.parametrize("width", range(1, 9))

@@ -75,7 +75,7 @@ def test_every_width_of_vector(width: int, vec: int, books: int) -> None:
     check_decode(codebooks.random_codebook(text, (5, 100)))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 17])
 @pytest.mark.parametrize(
     "text", ["codebook16.v8.channel", "codebook8.v8.x2.channel", "codebook12.v8.channel", "codebook4.rowtable.g64"]
 )
@@ -169,7 +169,7 @@ def test_trellis_of_any_size(shape: tuple[int, int]) -> None:
         assert helpers.relative_rms(found, x.double() @ q.dequantize().double().T) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 17])
 @pytest.mark.parametrize("text", ["trellis4.mul1", f"trellis3.mcg.{EXL3}", f"trellis2.3inst.{EXL3}"])
 def test_trellis_product(text: str, rows: int) -> None:
     """Transformed inputs and outputs are rounded on the way: three roundings instead of one."""

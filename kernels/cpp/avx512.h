@@ -103,6 +103,13 @@ BITSMITH_512_INLINE __m512 load16(const void* p, int64_t i, int32_t dtype) {
       return _mm512_castsi512_ps(_mm512_slli_epi32(
           _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i))), 16));
     case F16: return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const uint16_t*>(p) + i)));
+    case E4M3_BYTE: {
+      // Through float16, as e4m3_to_float.
+      const __m256i byte = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
+      const __m256i half = _mm256_and_si256(_mm256_slli_epi16(byte, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+      const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_or_si256(half, _mm256_set1_epi16(INT16_MIN)), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+      return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00))), _mm512_set1_ps(256));
+    }
     default: {
       const __m512i u = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
       if (dtype == U8) return _mm512_cvtepi32_ps(u);

@@ -1,5 +1,6 @@
 // Products in float32 of weights that are decoded a panel at a time: 16 outputs by some inputs, in the first-level cache. Activations
-// are not rounded. One skeleton (panel.h), several decoders (scalars.h, trellis.h, vectors.h), each a function that fills a panel.
+// are not rounded. One skeleton (panel.h), several decoders (scalars.h, trellis.h, vectors.h), each a function that fills a panel;
+// and dots.h, which does without.
 //
 // The bodies are written in vectors that GCC and Clang lower to any machine and are compiled twice on x86: for AVX2 with FMA and
 // F16C, and plainly, which is also what ARM gets. Only look-ups and conversions differ (panel.h).
@@ -36,8 +37,8 @@ struct Slab {
   int64_t m, k, blocks;
   std::vector<float> x;
 
-  void shape(int64_t rows, int64_t inputs) {
-    m = rows, k = inputs, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  void shape(int64_t rows, int64_t inputs, int64_t block_rows = BLOCK_ROWS) {
+    m = rows, k = inputs, blocks = (rows + block_rows - 1) / block_rows;
     if (static_cast<int64_t>(x.size()) < m * k) x.resize(static_cast<size_t>(m * k));
   }
   int64_t first(int64_t block) const { return block * m / blocks; }
@@ -52,6 +53,7 @@ constexpr int64_t PANELS = 4;
 constexpr int64_t SLAB = 40 * Slab::BLOCK_ROWS;
 
 using Decode = void (*)(const Source& s, int64_t nb, int64_t k0, int64_t count, float* panel);
+using Dots = void (*)(const Source& s, const Slab& slab, int64_t nb, void* y, int32_t dtype);
 
 }  // namespace bitsmith
 
@@ -63,6 +65,7 @@ using Decode = void (*)(const Source& s, int64_t nb, int64_t k0, int64_t count, 
 #include "scalars.h"
 #include "trellis.h"
 #include "vectors.h"
+#include "dots.h"
 #undef BITSMITH_FLOATS
 #undef BITSMITH_LANES
 #undef BITSMITH_TARGET
@@ -79,6 +82,7 @@ inline bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu
 #include "scalars.h"
 #include "trellis.h"
 #include "vectors.h"
+#include "dots.h"
 #undef BITSMITH_FLOATS
 #undef BITSMITH_LANES
 #undef BITSMITH_TARGET

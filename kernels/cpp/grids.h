@@ -1,5 +1,6 @@
 // Weights whose codes are indices and signs of vectors of 8 small integers (GGUF's IQ1, IQ2 and IQ3; kernels/grids.py), with int8
-// activations. Nothing is packed anew: codes and scales are read from the bit streams of the QTensor.
+// activations. Nothing is packed anew: codes and scales are read from the bit streams of the QTensor. A super block of 16 outputs becomes
+// bytes in the order of common.h, whose products are those of two_level.h.
 #pragma once
 #include "two_level.h"
 
@@ -8,138 +9,197 @@ namespace bitsmith::grids {
 using two_level::CHUNK;
 using two_level::Input;
 using two_level::SUPER;
-// Inputs that share a scale at the least, and the eights of a chunk.
-constexpr int64_t UNIT = 16, OCTETS = CHUNK / 8;
+// What makes bytes without a sign of numbers.
+constexpr int32_t BIAS = 128;
 
 // Mirrored by kernels/native_grids.py; only pointers, int64, float and int32 in this order.
 struct Weight {
   const uint32_t* codes;     // [n][words], `width` bits for 8 inputs: indices, then signs
-  const uint32_t* scales;    // [n][scale_words], `scale_bits` bits a group: 2 * (code & scale_mask) + 1 is the scale, the bit above
-                             // it (where there is one) the highest of the indices of the group's vectors
+  const uint32_t* scales;    // [n][scale_words], 3 or 4 bits a group: 2 * code + 1 is the scale; of iq1s three bits are, and the one above
+                             // them is the highest of the indices of the group's vectors
   const uint16_t* supers;    // float16 [n][k / 256]
   const int8_t* vectors;     // [2^index_bits][8 / indices], none of them 0
   const uint8_t* signs;      // [2^sign_bits][8], 0 or 255; or null
+  const uint16_t* places;    // of grids512.h: [2^index_bits], for each number of a vector, lowest bits first, its place in `levels`
+  const uint8_t* levels;     // of grids512.h: [64] numbers plus 128, without the shift
   int64_t n, k;              // k a multiple of 256
   int64_t words, scale_words;
   float unit;                // of the scale
-  int32_t width, index_bits, indices, sign_bits, group, scale_bits, scale_mask;
-
-  int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
+  int32_t width, group;
 };
 
-// The numbers of 16 rows in one chunk, and each row's scale four times for each 16 inputs.
-struct Panel {
-  alignas(32) int8_t value[OCTETS][ROWS][8];
-  alignas(32) int16_t scale[CHUNK / UNIT][ROWS][4];
+// What is known of a grid's codes when compiling: GridCode of kernels/spec.py.
+template <int INDEX_BITS_, int INDICES_, int SIGNS_, int GROUP_, int SCALE_BITS_, bool GROUP_SHIFT_ = false>
+struct Form {
+  static constexpr int INDEX_BITS = INDEX_BITS_, INDICES = INDICES_, SIGNS = SIGNS_, GROUP = GROUP_, SCALE_BITS = SCALE_BITS_;
+  static constexpr bool GROUP_SHIFT = GROUP_SHIFT_, SHIFT = SIGNS == 0;
+  // Where signs, or the shift, begin; bits of a code.
+  static constexpr int PLACE = INDEX_BITS * INDICES, WIDTH = PLACE + (SHIFT && !GROUP_SHIFT ? 1 : SIGNS);
+  // Of the code of a scale.
+  static constexpr uint32_t MASK = (1u << (SCALE_BITS - GROUP_SHIFT)) - 1;
+  static constexpr int64_t GROUPS = SUPER / GROUP;
 };
 
-// Bits at .. at + bits - 1 of a row's stream of `words` >= 2 words, of which two are read that hold them.
-inline uint32_t field(const uint32_t* row, uint32_t words, uint32_t at, uint32_t bits) {
-  const uint32_t word = std::min(at / 32, words - 2);
-  uint64_t two;
-  std::memcpy(&two, row + word, 8);
-  return static_cast<uint32_t>(two >> (at - 32 * word)) & ((1u << bits) - 1);
+// f(Form) of the weight's form.
+template <class F>
+auto with_form(const Weight& w, const F& f) {
+  switch (w.width) {
+    case 11: return f(Form<11, 1, 0, 32, 4, true>{});
+    case 12: return f(Form<11, 1, 0, 16, 3>{});
+    case 15: return f(Form<8, 1, 7, 32, 4>{});
+    case 16: return f(Form<9, 1, 7, 16, 4>{});
+    case 18: return f(Form<10, 1, 8, 16, 4>{});
+    case 23: return f(Form<8, 2, 7, 32, 4>{});
+    default: return f(Form<9, 2, 8, 32, 4>{});
+  }
+}
+
+// Where row r of block nb has its codes and its scales of super block s, which are whole bytes; beyond n the last row.
+struct Row {
+  const uint8_t *codes, *scales;
+};
+
+template <class F>
+inline Row row_at(const Weight& w, int64_t nb, int64_t r, int64_t s) {
+  const int64_t at = std::min(nb * ROWS + r, w.n - 1);
+  return {reinterpret_cast<const uint8_t*>(w.codes + at * w.words) + s * 4 * F::WIDTH,
+          reinterpret_cast<const uint8_t*>(w.scales + at * w.scale_words) + s * F::GROUPS / 8 * F::SCALE_BITS};
+}
+
+// Eight codes of scales.
+template <class F>
+inline uint32_t eight_scales(const uint8_t* p) {
+  uint32_t found = 0;
+  for (int i = 0; i < F::SCALE_BITS; ++i) found |= static_cast<uint32_t>(p[i]) << (8 * i);
+  return found;
+}
+
+inline float super_of(const Weight& w, int64_t nb, int64_t r, int64_t s) {
+  return w.unit * half_to_float(w.supers[std::min(nb * ROWS + r, w.n - 1) * (w.k / SUPER) + s]);
 }
 
 // The eight numbers of a code, as bytes. Magnitudes are not 0, so that no byte carries into the next when it is negated.
-template <int INDICES, bool SIGNS>
-inline uint64_t octet(const Weight& w, uint32_t code) {
-  const uint32_t mask = (1u << w.index_bits) - 1;
+template <class F>
+inline uint64_t octet(const int8_t* vectors, const uint8_t* signs, uint32_t code) {
+  constexpr uint32_t MASK = (1u << (F::INDEX_BITS + F::SHIFT)) - 1;
+  constexpr int EACH = 8 / F::INDICES;
   uint64_t numbers = 0;
-  for (int i = 0; i < INDICES; ++i, code >>= w.index_bits) {
+  for (int i = 0; i < F::INDICES; ++i) {
     uint64_t part = 0;
-    std::memcpy(&part, w.vectors + (code & mask) * (8 / INDICES), 8 / INDICES);
+    std::memcpy(&part, vectors + (code >> (i * F::INDEX_BITS) & MASK) * EACH, EACH);
     numbers |= part << (32 * i);
   }
-  if constexpr (!SIGNS) return numbers;
+  if constexpr (F::SHIFT) return numbers;
   uint64_t negative;
-  std::memcpy(&negative, w.signs + (code & ((1u << w.sign_bits) - 1)) * 8, 8);
+  std::memcpy(&negative, signs + (code >> F::PLACE & ((1u << F::SIGNS) - 1)) * 8, 8);
   return (numbers ^ negative) + (negative & 0x0101010101010101u);
 }
 
-template <int INDICES, bool SIGNS>
-void decode(const Weight& weight, int64_t nb, int64_t chunk, Panel& to) {
-  // A copy: bytes written to the panel might be its own otherwise.
-  const Weight w = weight;
+// Super block s of 16 outputs: the numbers of each row, the scales of its groups.
+template <class F>
+void decode(const Weight& w, int64_t nb, int64_t s, int8_t (*to)[SUPER], uint8_t (*scale)[ROWS]) {
+  constexpr int32_t WIDTH = F::WIDTH, EIGHTH = F::GROUP / 8;
+  // Copies: bytes written might be theirs otherwise.
+  const int8_t* vectors = w.vectors;
+  const uint8_t* signs = w.signs;
   for (int64_t r = 0; r < ROWS; ++r) {
-    const int64_t row = std::min(nb * ROWS + r, w.n - 1);
-    const uint32_t *codes = w.codes + row * w.words, *scales = w.scales + row * w.scale_words;
-    const uint32_t words = static_cast<uint32_t>(w.words), scale_words = static_cast<uint32_t>(w.scale_words), width = w.width, bits = w.scale_bits;
-    const uint32_t units = w.group / UNIT, octets = w.group / 8, groups = CHUNK / w.group, mask = w.scale_mask;
-    uint32_t at = static_cast<uint32_t>(chunk * OCTETS) * width;
-    for (uint32_t g = 0; g < groups; ++g) {
-      const uint32_t from = (static_cast<uint32_t>(chunk) * groups + g) * bits;
-      // 256 inputs with 8 codes of up to 4 bits have one word of scales.
-      const uint32_t code = scale_words > 1 ? field(scales, scale_words, from, bits) : scales[0] >> from & ((1u << bits) - 1);
-      const uint64_t four = (2 * (code & mask) + 1) * 0x0001000100010001u;
-      for (uint32_t u = 0; u < units; ++u) std::memcpy(to.scale[g * units + u][r], &four, 8);
-      const uint32_t high = (code & ~mask) << (width + 1 - bits);
-      for (uint32_t o = g * octets; o < (g + 1) * octets; ++o, at += width) {
-        const uint64_t numbers = octet<INDICES, SIGNS>(w, field(codes, words, at, width) | high);
-        std::memcpy(to.value[o][r], &numbers, 8);
+    Row row = row_at<F>(w, nb, r, s);
+    uint32_t high[F::GROUPS];
+    for (int64_t g = 0; g < F::GROUPS; ++g) {
+      const uint32_t code = eight_scales<F>(row.scales + g / 8 * F::SCALE_BITS) >> (g % 8 * F::SCALE_BITS) & ((1u << F::SCALE_BITS) - 1);
+      scale[g][r] = static_cast<uint8_t>(2 * (code & F::MASK) + 1);
+      high[g] = F::GROUP_SHIFT ? (code & ~F::MASK) << (F::INDEX_BITS + 1 - F::SCALE_BITS) : 0;
+    }
+    for (int64_t half = 0; half < 2; ++half, row.codes += 2 * WIDTH)
+#pragma GCC unroll 16
+      for (int32_t o = 0; o < 16; ++o) {
+        // Four bytes that hold the code, the last four at the end.
+        const int32_t at = std::min(o * WIDTH / 8, 2 * WIDTH - 4);
+        uint32_t code;
+        std::memcpy(&code, row.codes + at, 4);
+        code >>= o * WIDTH - 8 * at;
+        if constexpr (F::GROUP_SHIFT) code = (code & ((1u << WIDTH) - 1)) | high[(half * 16 + o) / EIGHTH];
+        const uint64_t numbers = octet<F>(vectors, signs, code);
+        std::memcpy(to[r] + (half * 16 + o) * 8, &numbers, 8);
       }
-    }
   }
 }
 
-using Decode = void (*)(const Weight&, int64_t, int64_t, Panel&);
-inline Decode decode_of(const Weight& w) { return w.indices == 2 ? decode<2, true> : w.signs ? decode<1, true> : decode<1, false>; }
-
-// total[r] += chunk: the definition.
-inline void chunk(const Panel& panel, const int8_t* q, const float* by, float* total) {
-  for (int64_t r = 0; r < ROWS; ++r) {
-    int32_t dot = 0;
-    for (int64_t i = 0; i < CHUNK; ++i) dot += panel.value[i / 8][r][i % 8] * panel.scale[i / UNIT][r][0] * q[i];
-    total[r] += by[r] * static_cast<float>(dot);
-  }
-}
-
-#if BITSMITH_X86
-BITSMITH_256 inline void chunk256(const Panel& panel, const int8_t* q, const float* by, float* total) {
-  __m256i dot[4];
-  for (auto& one : dot) one = _mm256_setzero_si256();
-  for (int64_t u = 0; u < CHUNK / UNIT; ++u) {
-    int64_t eight[2];
-    std::memcpy(eight, q + u * UNIT, UNIT);
-    const __m256i x[2] = {_mm256_set1_epi64x(eight[0]), _mm256_set1_epi64x(eight[1])};
-    for (int i = 0; i < 4; ++i) {
-      __m256i sum[2];
-      for (int half = 0; half < 2; ++half) {
-        const __m256i v = avx2::word(reinterpret_cast<const uint8_t*>(panel.value[2 * u + half][4 * i]));
-        sum[half] = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(x[half], v));
-      }
-      // At most 62 * 127 * 4.
-      const __m256i both = _mm256_add_epi16(sum[0], sum[1]), scale = avx2::word(reinterpret_cast<const uint8_t*>(panel.scale[u][4 * i]));
-      dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(both, scale));
-    }
-  }
-  for (int h = 0; h < 2; ++h) {
-    const __m256i rows = _mm256_permute4x64_epi64(_mm256_hadd_epi32(dot[2 * h], dot[2 * h + 1]), 0xd8);
-    float* to = total + 8 * h;
-    _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(rows), _mm256_loadu_ps(by + 8 * h), _mm256_loadu_ps(to)));
-  }
-}
-#endif
-
-using Chunk = void (*)(const Panel&, const int8_t*, const float*, float*);
-
-// 16 outputs, all rows of activations.
-inline void rows(const Weight& w, const Input& x, Chunk chunk, int64_t nb, void* y, int32_t dtype) {
-  const Decode decode = decode_of(w);
-  static thread_local std::vector<float> totals;
-  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
-  Panel panel;
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    decode(w, nb, c, panel);
-    float super[ROWS], by[ROWS];
-    for (int64_t r = 0; r < ROWS; ++r) super[r] = w.unit * half_to_float(w.supers[std::min(nb * ROWS + r, w.n - 1) * (w.k / SUPER) + c * CHUNK / SUPER]);
-    for (int64_t m = 0; m < x.m; ++m) {
-      for (int64_t r = 0; r < ROWS; ++r) by[r] = super[r] * x.step[m * (w.k / CHUNK) + c];
-      chunk(panel, x.q.data() + m * x.stride + c * CHUNK, by, totals.data() + m * ROWS);
-    }
+// The definition: 16 outputs, all rows of activations.
+inline void rows(const Weight& w, const two_level::Weight&, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
+  for (int64_t s = 0; s < w.k / SUPER; ++s) {
+    int8_t number[ROWS][SUPER];
+    uint8_t scale[16][ROWS];
+    with_form(w, [&](auto form) { decode<decltype(form)>(w, nb, s, number, scale); });
+    for (int64_t m = 0; m < x.m; ++m)
+      for (int64_t half = 0; half < SUPER / CHUNK; ++half)
+        for (int64_t r = 0; r < ROWS; ++r) {
+          int32_t dot = 0;
+          for (int64_t i = half * CHUNK; i < (half + 1) * CHUNK; ++i)
+            dot += number[r][i] * scale[i / w.group][r] * x.q[m * x.stride + s * SUPER + i];
+          totals[m * ROWS + r] += super_of(w, nb, r, s) * x.step[m * (w.k / CHUNK) + s * 2 + half] * static_cast<float>(dot);
+        }
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
 }
 
+// as: the weight as two_level.h sees it, its codes numbers.
+using Rows = void (*)(const Weight&, const two_level::Weight& as, const Input&, int64_t nb, void* y, int32_t dtype);
+
+#if BITSMITH_X86
+namespace vectors {
+
+// [16][256] -> [64 fours][16][4]
+BITSMITH_256_INLINE void side_by_side(const int8_t (*from)[SUPER], uint8_t* to) {
+  for (int64_t r = 0; r < ROWS; r += 8)
+    for (int64_t i = 0; i < SUPER; i += 32) {
+      __m256i v[8], t[8];
+      for (int j = 0; j < 8; ++j) v[j] = avx2::word(reinterpret_cast<const uint8_t*>(from[r + j] + i));
+      for (int j = 0; j < 8; j += 2) t[j] = _mm256_unpacklo_epi32(v[j], v[j + 1]), t[j + 1] = _mm256_unpackhi_epi32(v[j], v[j + 1]);
+      for (int j = 0; j < 8; j += 4)
+        for (int h = 0; h < 2; ++h) {
+          v[j + 2 * h] = _mm256_unpacklo_epi64(t[j + h], t[j + h + 2]);
+          v[j + 2 * h + 1] = _mm256_unpackhi_epi64(t[j + h], t[j + h + 2]);
+        }
+      for (int j = 0; j < 8; ++j) {
+        const __m256i eight = j < 4 ? _mm256_permute2x128_si256(v[j], v[j + 4], 0x20) : _mm256_permute2x128_si256(v[j - 4], v[j], 0x31);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), eight);
+      }
+    }
+}
+
+template <class F>
+BITSMITH_256 void rows(const Weight& w, const two_level::Weight& as, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  static thread_local std::vector<float> totals;
+  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
+  alignas(32) int8_t number[ROWS][SUPER];
+  alignas(32) uint8_t codes[SUPER * ROWS];
+  uint8_t scale[16][ROWS];
+  two_level::vectors::Scales by{};
+  const __m256 none[2] = {};
+  for (int64_t s = 0; s < w.k / SUPER; ++s) {
+    decode<F>(w, nb, s, number, scale);
+    side_by_side(number, codes);
+    for (int64_t g = 0; g < F::GROUPS; ++g)
+      for (int64_t h = 0; h < 2; ++h) {
+        const __m256i one = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scale[g] + 8 * h)));
+        by.scale[g][h] = two_level::vectors::pair(one, one);
+      }
+    alignas(32) float super[ROWS];
+    for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
+    const __m256 d[2] = {_mm256_load_ps(super), _mm256_load_ps(super + 8)};
+    two_level::vectors::super_block<8, F::GROUP, true>(as, x, codes, by, d, none, s, totals.data());
+  }
+  for (int64_t m = 0; m < x.m; ++m)
+    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
+}
+
+inline Rows rows_of(const Weight& w) {
+  return with_form(w, [](auto form) -> Rows { return rows<decltype(form)>; });
+}
+
+}  // namespace vectors
+#endif
 }  // namespace bitsmith::grids

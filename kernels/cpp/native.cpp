@@ -7,16 +7,20 @@
 #include "avx512.h"
 #include "blocks.h"
 #include "chain.h"
+#include "chunk512.h"
 #include "common.h"
 #include "floats.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
+#include "grids512.h"
 #include "layer.h"
 #include "neon.h"
 #include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
+#include "rotate.h"
+#include "trellis512.h"
 #include "two_level.h"
 #include "two_level512.h"
 
@@ -208,7 +212,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 13; }
+BITSMITH_API int32_t bitsmith_abi() { return 16; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -222,19 +226,28 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. plain: without this machine's instructions, for tests.
+// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
-                                  int32_t plain) {
+                                  [[maybe_unused]] int32_t path) {
   const Source& s = *source;
   Decode decode = floats::decode_of(s);
   auto prepare = floats::prepare;
   auto rows = floats::rows;
+  Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
-  if (!plain && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows;
+  if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
+  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
   const int64_t count = s.w.row_blocks();
+  if (dots) {
+    slab.shape(m, s.w.k, 1);
+    pool().run(m, m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(x, x_dtype, row, slab); });
+    pool().run(count, threads, [&](int64_t nb) { dots(s, slab, nb, y, y_dtype); });
+    return;
+  }
   for (int64_t first = 0; first < m; first += SLAB) {
     const void* from = row_of(x, first * s.w.k, x_dtype);
     void* to = row_of(y, first * s.w.n, y_dtype);
@@ -331,19 +344,21 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
 BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype,
                                         int32_t threads, [[maybe_unused]] int32_t path) {
   const grids::Weight& w = *weight;
+  two_level::Weight as{};
+  as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
-  auto chunk = grids::chunk;
+  auto rows = grids::rows;
+  bool tiles = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    prepare = two_level::vectors::prepare;
-    chunk = grids::chunk256;
+    tiles = path != AVX2 && avx512::supported();
+    if (tiles) as.zero = grids::BIAS;
+    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = tiles ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  // Activations depend on the weight's size alone.
-  two_level::Weight size{};
-  size.n = w.n, size.k = w.k;
-  two_level_product(size, prepare, false, x, x_dtype, m, y, y_dtype, threads,
-                    [=](const two_level::Input& in, int64_t nb, void* to) { grids::rows(w, in, chunk, nb, to, y_dtype); });
+  two_level_product(as, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+                    [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
 // Codes of the scales of n rows, a byte each [n][groups], `per` groups a super block -> the bytes of two_level.h; rows beyond n are zeros.
@@ -403,6 +418,14 @@ BITSMITH_API void bitsmith_gather(const char* x, int64_t x_stride, int64_t count
   }
 }
 
+// x [rows, k] -> y [rows, k rounded up to blocks of a power of two], see rotate::row.
+BITSMITH_API void bitsmith_rotate(const uint16_t* x, int64_t rows, int64_t k, int64_t block, const void* vector, int32_t vector_dtype, int32_t first,
+                                  uint16_t* y, int32_t threads) {
+  const int64_t width = round_up(k, block);
+  pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
+             [&](int64_t i) { rotate::row(x + i * k, k, block, vector, vector_dtype, first != 0, y + i * width); });
+}
+
 BITSMITH_API void bitsmith_gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t rows, int64_t width, int64_t gate_stride,
                                  int64_t up_stride, int32_t act, int32_t threads) {
   pool().run(rows, rows * width < (1 << 15) ? 1 : threads,
@@ -444,13 +467,47 @@ BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads,
   });
 }
 
+// Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
+BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[maybe_unused]] int64_t value_dim) {
+#if BITSMITH_X86
+  return avx512::supported() && key_dim % 2 == 0 && value_dim % chunk512::LANES == 0;
+#else
+  return 0;
+#endif
+}
+
+// A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+#if BITSMITH_X86
+  const layer::Attention& a = *what;
+  static thread_local std::vector<uint32_t> packed_keys, packed_values;
+  const chunk512::Span span(a);
+  const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;
+  if (static_cast<int64_t>(packed_keys.size()) < a.kv_heads * of_keys) packed_keys.resize(static_cast<size_t>(a.kv_heads * of_keys));
+  if (static_cast<int64_t>(packed_values.size()) < a.kv_heads * of_values) packed_values.resize(static_cast<size_t>(a.kv_heads * of_values));
+  uint32_t *keys = packed_keys.data(), *values = packed_values.data();
+  pool().run(a.kv_heads * parts, threads, [&](int64_t task) {
+    const int64_t kv = task / parts, at = task % parts * chunk512::LANES;
+    chunk512::pack_keys(a, kv, span.first + at, keys + kv * of_keys + at * pairs);
+    chunk512::pack_values(a, kv, span.first + at, values + kv * of_values + at / 2 * a.value_dim);
+  });
+  const int64_t tiles = (a.rows + chunk512::QUERIES - 1) / chunk512::QUERIES, shared = a.heads / a.kv_heads;
+  pool().run(a.heads * tiles, threads, [&](int64_t task) {
+    static thread_local chunk512::State state;
+    // The last queries see most keys: begun first.
+    const int64_t head = task % a.heads, tile = tiles - 1 - task / a.heads;
+    chunk512::attend(a, span, head, tile * chunk512::QUERIES, keys + head / shared * of_keys, values + head / shared * of_values, state);
+  });
+#endif
+}
+
 // What calls one of the library's functions that a step is made of; null for others.
 BITSMITH_API chain::Invoker bitsmith_invoker(const void* function) {
   using chain::entry;
   static const chain::Entry known[] = {
-      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(),
-      entry<bitsmith_codes>(),  entry<bitsmith_norm>(),   entry<bitsmith_add>(),              entry<bitsmith_scatter>(),
-      entry<bitsmith_gather>(), entry<bitsmith_gated>(),  entry<bitsmith_rope>(),             entry<bitsmith_attend>(),
+      entry<bitsmith_linear>(), entry<bitsmith_floats>(), entry<bitsmith_two_level_linear>(), entry<bitsmith_grids_linear>(), entry<bitsmith_codes>(),
+      entry<bitsmith_norm>(),   entry<bitsmith_add>(),    entry<bitsmith_scatter>(),          entry<bitsmith_gather>(),       entry<bitsmith_rotate>(),
+      entry<bitsmith_gated>(),  entry<bitsmith_rope>(),   entry<bitsmith_attend>(),
   };
   for (const chain::Entry& one : known)
     if (one.function == function) return one.invoke;

@@ -96,17 +96,6 @@ inline void block(const Stream& from, int64_t kb, int64_t count, int64_t k, int3
   }
 }
 
-// Numbers [n, count] -> [row blocks][count][16]; rows beyond n are zeros.
-template <class T>
-void groups(const T* from, int64_t row_stride, int64_t group_stride, int64_t n, int64_t count, T* out) {
-  for (int64_t first = 0; first < n; first += ROWS)
-    for (int64_t g = 0; g < count; ++g, out += ROWS) {
-      const int64_t have = std::min(ROWS, n - first);
-      for (int64_t r = 0; r < have; ++r) out[r] = from[(first + r) * row_stride + g * group_stride];
-      std::fill(out + have, out + ROWS, T{0});
-    }
-}
-
 // Codes first .. first + count - 1 of a row's stream, each of them followed by a word that may be read.
 BITSMITH_CLONES inline void fields(const uint32_t* stream, int64_t first, int64_t count, int32_t bits, uint32_t* out) {
   const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
@@ -132,6 +121,17 @@ void codes(const uint32_t* stream, int64_t columns, int32_t bits, T* out) {
   }
   const uint32_t mask = bits == 32 ? ~0u : (1u << bits) - 1;
   for (int64_t i = followed; i < columns; ++i) out[i] = static_cast<T>(stream[last] >> (i * bits - last * 32) & mask);
+}
+
+// Numbers [n, count] -> [row blocks][count][16]; rows beyond n are zeros.
+template <class T>
+void groups(const T* from, int64_t row_stride, int64_t group_stride, int64_t n, int64_t count, T* out) {
+  for (int64_t first = 0; first < n; first += ROWS)
+    for (int64_t g = 0; g < count; ++g, out += ROWS) {
+      const int64_t have = std::min(ROWS, n - first);
+      for (int64_t r = 0; r < have; ++r) out[r] = from[(first + r) * row_stride + g * group_stride];
+      std::fill(out + have, out + ROWS, T{0});
+    }
 }
 
 }  // namespace bitsmith::pack

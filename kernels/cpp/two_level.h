@@ -1,5 +1,6 @@
 // Weights whose scales are small integers times one float for 256 inputs (GGUF's K-quants and IQ4_XS), with int8 activations. The integer
-// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs.
+// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs. Beside them, with AVX-512
+// alone: 4-bit codes of a table whose groups have a float of 8 bits each (NVFP4, MXFP4), which meets their integer sum.
 #pragma once
 #include "avx2.h"
 #include "generic.h"
@@ -13,17 +14,20 @@ struct Weight {
   const uint8_t* codes;      // as common.h
   const uint8_t* scales;     // [row blocks][super blocks][bytes of 16 rows], see `sub_codes`
   const uint8_t* mins;       // like scales, unsigned; or null
-  const uint16_t* supers;    // float16 [row blocks][super blocks][16]
+  const uint16_t* supers;    // float16 [row blocks][super blocks][16]; or null: scales are bytes [row blocks][k / group][16] of scale_dtype
   const uint16_t* super_mins;
   const int8_t* table;       // [16] values of the codes, or null: the code is the number
-  int64_t n, k;              // k a multiple of 256
+  int64_t n, k;              // k a multiple of 256, without supers of 32
   int32_t bits, group;       // group 16 or 32
   int32_t sub_bits;          // 4, 6 or 8
   int32_t offset;            // subtracted from a scale's code
   int32_t zero;              // subtracted from a weight's code
+  int32_t scale_dtype;       // E4M3_BYTE (groups of 16) or E8M0 (32)
+  float factor;              // of all scales without supers
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
-  int64_t super_blocks() const { return k / SUPER; }
+  int64_t super_blocks() const { return (k + SUPER - 1) / SUPER; }
+  int64_t chunks() const { return (k + CHUNK - 1) / CHUNK; }
   int64_t groups() const { return SUPER / group; }
   int64_t sub_bytes() const { return groups() * ROWS * sub_bits / 8; }
 };
@@ -33,7 +37,7 @@ struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
   std::vector<int8_t> tiles;   // of two_level512.h, more than TILE rows: `interleave`d
-  std::vector<float> step;     // [m][k / 128]
+  std::vector<float> step;     // [m][chunks]
   std::vector<int16_t> sums;   // [m][k / 16]
   std::vector<int16_t> group_sums;  // of two_level512.h: [m][k / group]
   std::vector<int32_t> start;       // of two_level512.h: [m][k / group], what a group's sum begins with
@@ -46,7 +50,7 @@ inline void shape(const Weight& w, int64_t m, Input& x) {
     if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
   };
   grow(x.q, m * x.stride);
-  grow(x.step, m * (w.k / CHUNK));
+  grow(x.step, m * w.chunks());
   grow(x.sums, m * (w.k / 16));
   grow(x.group_sums, m * (w.k / 16));
   grow(x.start, m * (w.k / 16));
@@ -84,13 +88,13 @@ inline void pack_sub_codes(const uint8_t (*codes)[ROWS], int32_t bits, int64_t g
 }
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    const int64_t at = row * w.k + c * CHUNK;
+  for (int64_t c = 0; c < w.chunks(); ++c) {
+    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
     float peak = 0;
-    for (int64_t i = 0; i < CHUNK; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
+    for (int64_t i = 0; i < count; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
     const float inverse = peak > 0 ? 127 / peak : 0;
-    in.step[row * (w.k / CHUNK) + c] = peak / 127;
-    for (int64_t i = 0; i < CHUNK; i += 16) {
+    in.step[row * w.chunks() + c] = peak / 127;
+    for (int64_t i = 0; i < count; i += 16) {
       int32_t sum = 0;
       for (int64_t j = i; j < i + 16; ++j) {
         const int32_t q = static_cast<int32_t>(std::nearbyint(load(x, at + j, dtype) * inverse));
@@ -102,8 +106,28 @@ inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, 
   }
 }
 
+// The definition where scales are floats: 16 outputs, all rows of activations.
+inline void float_rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
+  for (int64_t k = 0; k < w.k; k += w.group) {
+    uint8_t codes[BLOCK * ROWS];
+    generic::unpack(w.codes + (nb * w.k + k) / BLOCK * 64 * w.bits, w.bits, codes);
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const float scale = w.factor * load(w.scales, (nb * w.k + k) / w.group * ROWS + r, w.scale_dtype);
+      for (int64_t m = 0; m < x.m; ++m) {
+        int32_t dot = 0;
+        for (int64_t i = k; i < k + w.group; ++i) dot += w.table[codes[64 * (i % BLOCK / 4) + 4 * r + i % 4]] * x.q[m * x.stride + i];
+        totals[m * ROWS + r] += x.step[m * w.chunks() + k / CHUNK] * scale * static_cast<float>(dot);
+      }
+    }
+  }
+  for (int64_t m = 0; m < x.m; ++m)
+    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
+}
+
 // The definition: 16 outputs, all rows of activations.
 inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
+  if (!w.supers) return float_rows(w, x, nb, y, dtype);
   const int64_t supers = w.super_blocks(), groups = w.groups();
   std::vector<float> totals(static_cast<size_t>(x.m * ROWS), 0.0f);
   for (int64_t s = 0; s < supers; ++s) {
@@ -188,8 +212,8 @@ BITSMITH_256_INLINE void values(const int8_t* table, __m256i (&v)[16]) {
 template <int BITS, int GROUP, bool TABLE, int MR, bool PACKED = false>
 BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, const __m256 (&d)[2], const __m256 (&dmin)[2],
                                int64_t at, int64_t half, int64_t m0, float* total) {
-  // Byte vectors whose products fit 16 bits.
-  constexpr int FIT = TABLE ? 1 : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
+  // Byte vectors whose products fit 16 bits; values of tables of 4 bits reach 127, others (grids.h) 62.
+  constexpr int FIT = TABLE ? (BITS == 4 ? 1 : 2) : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
   const int8_t* q[MR];
   const int16_t* sums[MR];
   for (int m = 0; m < MR; ++m) {
@@ -216,7 +240,8 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
           std::memcpy(&four, q[m] + b * BLOCK + 4 * j, 4);
           const __m256i inputs = _mm256_set1_epi32(four);
           for (int h = 0; h < 2; ++h) {
-            if constexpr (TABLE) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
+            if constexpr (TABLE && FIT == 1) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
+            else if constexpr (TABLE) sum[m][h] = avx2::added(sum[m][h], _mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
             else sum[m][h] = avx2::added(sum[m][h], c[h], inputs);
           }
         }
@@ -235,9 +260,13 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
     const __m256 step = _mm256_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
     for (int h = 0; h < 2; ++h) {
       float* to = total + (m0 + m) * ROWS + 8 * h;
-      __m256 value = w.mins ? _mm256_mul_ps(_mm256_cvtepi32_ps(dot[m][h]), d[h]) : _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[m][h], low[m][h])), d[h]);
-      if (w.mins) value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[m][h]), dmin[h], value);
-      _mm256_storeu_ps(to, _mm256_fmadd_ps(value, step, _mm256_loadu_ps(to)));
+      const __m256 all = _mm256_loadu_ps(to);
+      if (!w.mins) {
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[m][h], low[m][h])), _mm256_mul_ps(d[h], step), all));
+        continue;
+      }
+      const __m256 value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(low[m][h]), dmin[h], _mm256_mul_ps(_mm256_cvtepi32_ps(dot[m][h]), d[h]));
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(value, step, all));
     }
   }
 }
@@ -246,16 +275,16 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
 BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    const int64_t at = row * w.k + c * CHUNK;
+  for (int64_t c = 0; c < w.chunks(); ++c) {
+    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
     __m256 largest = _mm256_setzero_ps();
-    for (int64_t i = 0; i < CHUNK; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
+    for (int64_t i = 0; i < count; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     const float peak = std::max(_mm_cvtss_f32(four), _mm_cvtss_f32(_mm_movehdup_ps(four)));
     const __m256 inverse = _mm256_set1_ps(peak > 0 ? 127 / peak : 0);
-    in.step[row * (w.k / CHUNK) + c] = peak / 127;
-    for (int64_t i = 0; i < CHUNK; i += 32) {
+    in.step[row * w.chunks() + c] = peak / 127;
+    for (int64_t i = 0; i < count; i += 32) {
       __m256i q[4];
       for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(avx2::load8(x, at + i + 8 * j, dtype), inverse));
       const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
@@ -268,6 +297,19 @@ BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
       to[0] = static_cast<int16_t>(_mm256_extract_epi32(sums, 0));
       to[1] = static_cast<int16_t>(_mm256_extract_epi32(sums, 4));
     }
+  }
+}
+
+// All rows of activations meet super block s. codes: a byte each, with a table its values.
+template <int BITS, int GROUP, bool TABLE>
+BITSMITH_256_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, const __m256 (&d)[2], const __m256 (&dmin)[2],
+                                     int64_t s, float* total) {
+  for (int64_t half = 0; half < 2; ++half, codes += CHUNK * ROWS) {
+    const int64_t first = s * SUPER + half * CHUNK;
+    int64_t m = 0;
+    for (; m + 4 <= x.m; m += 4) chunk<BITS, GROUP, TABLE, 4>(w, x, codes, by, d, dmin, first, half, m, total);
+    for (; m + 2 <= x.m; m += 2) chunk<BITS, GROUP, TABLE, 2>(w, x, codes, by, d, dmin, first, half, m, total);
+    if (m < x.m) chunk<BITS, GROUP, TABLE, 1>(w, x, codes, by, d, dmin, first, half, m, total);
   }
 }
 
@@ -294,18 +336,9 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
       d[h] = avx2::load8(w.supers, at * ROWS + 8 * h, F16);
       if (w.mins) dmin[h] = avx2::load8(w.super_mins, at * ROWS + 8 * h, F16);
     }
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t first = s * SUPER + half * CHUNK;
-      if (x.m == 1) {
-        chunk<BITS, GROUP, TABLE, 1, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, first, half, 0, total);
-        continue;
-      }
-      const uint8_t* c = codes + half * CHUNK * ROWS;
-      int64_t m = 0;
-      for (; m + 4 <= x.m; m += 4) chunk<BITS, GROUP, TABLE, 4>(w, x, c, by, d, dmin, first, half, m, total);
-      for (; m + 2 <= x.m; m += 2) chunk<BITS, GROUP, TABLE, 2>(w, x, c, by, d, dmin, first, half, m, total);
-      if (m < x.m) chunk<BITS, GROUP, TABLE, 1>(w, x, c, by, d, dmin, first, half, m, total);
-    }
+    if (x.m > 1) super_block<BITS, GROUP, TABLE>(w, x, codes, by, d, dmin, s, total);
+    for (int64_t half = 0; half < (x.m > 1 ? 0 : 2); ++half)
+      chunk<BITS, GROUP, TABLE, 1, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, s * SUPER + half * CHUNK, half, 0, total);
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, total[m * ROWS + r]);

@@ -1,6 +1,6 @@
-// The products of two_level.h with AVX-512's dot products: four inputs at once into 32 bits, then the integer scale. The sums are those of
-// `two_level::rows`, exactly. Up to 8 rows unpack codes into registers (5632 x 2048 of Q4_K, 8 rows, Zen 4: 0.38 ms, by way of memory 0.56),
-// more rows unpack them once for all.
+// The products of two_level.h with AVX-512's dot products: four inputs at once into 32 bits, then the integer scale. The integers are those of
+// `two_level::rows`; float32 sums may differ in their order. Up to 8 rows unpack codes into registers (5632 x 2048 of Q4_K, 8 rows, Zen 4: 0.38 ms,
+// by way of memory 0.56), more rows unpack them once for all.
 #pragma once
 #include "avx512.h"
 #include "two_level.h"
@@ -11,9 +11,11 @@ namespace bitsmith::two_level::wide {
 // What is added to the values of a table, so that they have no sign; their zero point moves with them.
 constexpr int32_t BIAS = 128;
 
-// Per super block: the integer scale of each group for 16 rows, and the mins of two groups each, 16 bits in a lane.
+// Per super block: the integer scale of each group for 16 rows, and the mins of two groups each, 16 bits in a lane; or, where SUB below is 0,
+// the bytes of float scales.
 struct Scales {
   __m512i scale[16], mins[8];
+  const uint8_t* floats;
 };
 
 BITSMITH_512_INLINE __m512i bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -66,43 +68,68 @@ BITSMITH_512_INLINE __m512i spread(const void* p) {
 
 // total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1, a whole tile unless PACKED. codes: of those inputs, as stored where PACKED,
 // else as a byte each; with a table, its values.
-template <int BITS, int GROUP, bool TABLE, int MR, bool PACKED = false>
+template <int BITS, int GROUP, int SUB, bool TABLE, int MR, bool PACKED = false>
 BITSMITH_512_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, __m512i table, __m512 d, __m512 dmin, int64_t at,
                                int64_t half, int64_t m0, float* total) {
   constexpr int PER = GROUP / 4, PARTS = 8 / PER;
   constexpr int64_t GROUPS = CHUNK / GROUP;
-  const int64_t groups = w.k / GROUP, group = m0 * groups + at / GROUP;
+  const int64_t groups = w.k / GROUP, group = m0 * groups + at / GROUP, blocks = (SUB ? CHUNK : std::min(CHUNK, w.k - at)) / BLOCK;
   __m512i dot[MR];
-  for (int m = 0; m < MR; ++m) dot[m] = _mm512_setzero_si512();
+  __m512 scaled[MR];
+  for (int m = 0; m < MR; ++m) dot[m] = _mm512_setzero_si512(), scaled[m] = _mm512_setzero_ps();
   const int8_t* q = PACKED ? x.q.data() + m0 * x.stride + at : x.tiles.data() + m0 * w.k + at * TILE;
-  for (int64_t b = 0; b < CHUNK / 32; ++b, codes += 64 * (PACKED ? BITS : 8)) {
+  for (int64_t b = 0; b < blocks; ++b, codes += 64 * (PACKED ? BITS : 8)) {
     __m512i v[8];
     if constexpr (PACKED) avx512::unpack<BITS>(codes, v);
     else
       for (int j = 0; j < 8; ++j) v[j] = _mm512_load_si512(codes + 64 * j);
     if constexpr (PACKED && TABLE) values(table, v);
     for (int part = 0; part < PARTS; ++part) {
-      const __m512i scale = by.scale[half * GROUPS + b * PARTS + part];
+      const int64_t g = half * GROUPS + b * PARTS + part;
       __m512i sum[MR];
       for (int m = 0; m < MR; ++m) sum[m] = _mm512_set1_epi32(x.start[group + m * groups + b * PARTS + part]);
 #pragma GCC unroll 8
       for (int j = part * PER; j < (part + 1) * PER; ++j)
         for (int m = 0; m < MR; ++m)
           sum[m] = _mm512_dpbusd_epi32(sum[m], v[j], spread(PACKED ? q + m * x.stride + b * BLOCK + 4 * j : q + ((8 * b + j) * TILE + m) * 4));
-      for (int m = 0; m < MR; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_mullo_epi32(sum[m], scale));
+      if constexpr (SUB) {
+        for (int m = 0; m < MR; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_mullo_epi32(sum[m], by.scale[g]));
+      } else {
+        const __m512 scale = avx512::load16(by.floats, g * ROWS, GROUP == 16 ? E4M3_BYTE : E8M0);
+        for (int m = 0; m < MR; ++m) scaled[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m]), scale, scaled[m]);
+      }
     }
   }
   for (int m = 0; m < MR; ++m) {
-    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(dot[m]), d);
-    if (w.mins) {
-      const int16_t* sums = x.group_sums.data() + group + m * groups;
-      __m512i low = _mm512_setzero_si512();
-      for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
-      value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, value);
-    }
     float* to = total + (m0 + m) * ROWS;
-    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(value, step, _mm512_loadu_ps(to)));
+    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * w.chunks() + at / CHUNK]), all = _mm512_loadu_ps(to);
+    const __m512 whole = SUB ? _mm512_cvtepi32_ps(dot[m]) : scaled[m];
+    if (!w.mins) {
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_mul_ps(d, step), all));
+      continue;
+    }
+    const int16_t* sums = x.group_sums.data() + group + m * groups;
+    __m512i low = _mm512_setzero_si512();
+    for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(whole, d)), step, all));
+  }
+}
+
+// All rows of activations meet super block s, of which a weight with float scales may end in its first half. packed: its codes as stored; codes:
+// a byte each, for more than TILE rows.
+template <int BITS, int GROUP, int SUB, bool TABLE>
+BITSMITH_512_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* packed, const uint8_t* codes, const Scales& by, __m512i table, __m512 d,
+                                     __m512 dmin, int64_t s, float* total) {
+  for (int64_t half = 0; half < 2 && s * SUPER + half * CHUNK < w.k; ++half) {
+    const int64_t first = s * SUPER + half * CHUNK;
+    const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
+    int64_t m = 0;
+    if (x.m > TILE)
+      for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, SUB, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
+    if (m + 8 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
+    if (m + 4 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
+    if (m + 2 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
+    if (m < x.m) chunk<BITS, GROUP, SUB, TABLE, 1, true>(w, x, p, by, table, d, dmin, first, half, m, total);
   }
 }
 
@@ -117,33 +144,26 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
                               : _mm512_setzero_si512();
   Scales by;
   for (int64_t s = 0; s < w.super_blocks(); ++s) {
-    const int64_t at = nb * w.super_blocks() + s;
-    const uint8_t* packed = w.codes + at * 8 * 64 * BITS;
-    for (int64_t b = 0; b < (x.m > TILE ? 8 : 0); ++b) {
+    const int64_t at = nb * w.super_blocks() + s, blocks = SUB ? SUPER / BLOCK : std::min(SUPER, w.k - s * SUPER) / BLOCK;
+    const uint8_t* packed = w.codes + (nb * w.k + s * SUPER) / BLOCK * 64 * BITS;
+    for (int64_t b = 0; b < (x.m > TILE ? blocks : 0); ++b) {
       __m512i v[8];
       avx512::unpack<BITS>(packed + b * 64 * BITS, v);
       if constexpr (TABLE) values(table, v);
       for (int j = 0; j < 8; ++j) _mm512_store_si512(codes + 512 * b + 64 * j, v[j]);
     }
-    scales<SUB, GROUP>(w, at, by);
-    const __m512 d = avx512::load16(w.supers, at * ROWS, F16), dmin = w.mins ? avx512::load16(w.super_mins, at * ROWS, F16) : _mm512_setzero_ps();
-    for (int64_t half = 0; half < 2; ++half) {
-      const int64_t first = s * SUPER + half * CHUNK;
-      const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
-      int64_t m = 0;
-      if (x.m > TILE)
-        for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
-      if (m + 8 <= x.m) chunk<BITS, GROUP, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
-      if (m + 4 <= x.m) chunk<BITS, GROUP, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
-      if (m + 2 <= x.m) chunk<BITS, GROUP, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
-      if (m < x.m) chunk<BITS, GROUP, TABLE, 1, true>(w, x, p, by, table, d, dmin, first, half, m, total);
-    }
+    if constexpr (SUB) scales<SUB, GROUP>(w, at, by);
+    else by.floats = w.scales + (nb * w.k + s * SUPER) / GROUP * ROWS;
+    const __m512 d = SUB ? avx512::load16(w.supers, at * ROWS, F16) : _mm512_set1_ps(w.factor);
+    const __m512 dmin = w.mins ? avx512::load16(w.super_mins, at * ROWS, F16) : _mm512_setzero_ps();
+    super_block<BITS, GROUP, SUB, TABLE>(w, x, packed, codes, by, table, d, dmin, s, total);
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(total + m * ROWS), w.n - nb * ROWS);
 }
 
 // Null for a combination that no format has.
 inline vectors::Rows rows_of(const Weight& w) {
+  if (!w.supers) return w.group == 16 ? rows<4, 16, 0, true> : rows<4, 32, 0, true>;
   const int32_t kind = w.bits * 1000 + w.group * 10 + w.sub_bits;
   if (w.table) return kind == 4326 ? rows<4, 32, 6, true> : nullptr;
   switch (kind) {
