@@ -166,9 +166,7 @@ def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int,
     return y
 
 
-def _linear_call(
-    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
-) -> Callable[[], object]:
+def _linear_call(y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1) -> ops.Call:
     lib = library()
     assert lib is not None
     return product_call(lib.bitsmith_linear, structure(Weight, header, tensors), y, x, path)
@@ -176,7 +174,7 @@ def _linear_call(
 
 def product_call(
     function: Callable[..., object], weight: ctypes.Structure, y: Tensor, x: Tensor, path: int
-) -> Callable[[], object]:
+) -> ops.Call:
     """A call of one of the library's products y = x @ W.T, of dense tensors."""
     return partial(
         function, ctypes.byref(weight), x.data_ptr(), DTYPES[x.dtype], x.shape[0], y.data_ptr(), DTYPES[y.dtype],

@@ -14,7 +14,7 @@ results/LOG.md.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,9 +92,7 @@ def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int,
     return y
 
 
-def _linear_call(
-    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
-) -> Callable[[], object]:
+def _linear_call(y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1) -> ops.Call:
     lib = native.library()
     assert lib is not None
     source = native.structure(_Source, header, tensors)

@@ -5,7 +5,7 @@ The QTensor is read as it is: nothing is packed, and nothing is kept beside it b
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -129,9 +129,7 @@ def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int,
     return y
 
 
-def _linear_call(
-    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
-) -> Callable[[], object]:
+def _linear_call(y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1) -> ops.Call:
     lib = native.library()
     assert lib is not None
     return native.product_call(lib.bitsmith_grids_linear, native.structure(_Weight, header, tensors), y, x, path)

@@ -11,7 +11,7 @@ The packed copy is the only one; `qtensor()` gives back the tensor it was made f
 """
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -187,9 +187,7 @@ def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int,
     return y
 
 
-def _linear_call(
-    y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1
-) -> Callable[[], object]:
+def _linear_call(y: Tensor, x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], path: int = -1) -> ops.Call:
     lib = native.library()
     assert lib is not None
     weight = native.structure(_Weight, header, tensors)

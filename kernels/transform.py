@@ -19,7 +19,7 @@ whole matrix and 101 | 1047 | 41485 for log2(block) sums and differences; block 
 rounding in one pass (transform_device.py). Left out: transforms of sizes that are no powers of two.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -126,7 +126,7 @@ def _rotate(x: Tensor, vector: Tensor | None, block: int, first: bool) -> Tensor
 
 def _rotate_call(
     results: Sequence[Tensor], x: Tensor, vector: Tensor | None, block: int, first: bool
-) -> Callable[[], object] | None:
+) -> ops.Call | None:
     # native_layer.py imports what imports this module.
     from . import native_layer
 

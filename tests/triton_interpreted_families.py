@@ -3,10 +3,6 @@
 Run by test_triton.py, as triton_interpreted.py is, which also has the helpers.
 """
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from bitsmith.kernels import bits, grouped, repack, transform, transform_device
@@ -19,18 +15,12 @@ from bitsmith.kernels.tiles import Parts
 from bitsmith.quant_formats import gguf_blocks
 from torch import Tensor
 
+from . import gguf_bytes
+from . import test_codebook_vector as codebooks
+from . import test_transform as steps
+from . import test_trellis as trellises
+from . import triton_interpreted as helpers
 
-def _module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-helpers, codebooks, trellises, steps, gguf_bytes = map(
-    _module, ("triton_interpreted", "test_codebook_vector", "test_trellis", "test_transform", "gguf_bytes")
-)
 _poison = helpers._poison
 EXL3 = trellises.EXL3
 

@@ -4,11 +4,8 @@ Run by test_triton.py, as triton_interpreted.py is. The other files go through e
 each way to decode meets every template: 1 x 1 and sizes that are a multiple of nothing, x transposed.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,18 +16,10 @@ from bitsmith.kernels.qtensor import QTensor
 from bitsmith.kernels.spec import Spec
 from torch import Tensor
 
+from . import triton_interpreted_families as families
+from . import triton_interpreted_ops as ops
+from . import triton_interpreted_scaled as natives
 
-def _module(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families, ops, natives = map(
-    _module, ("triton_interpreted_families", "triton_interpreted_ops", "triton_interpreted_scaled")
-)
 helpers = families.helpers
 _poison = families._poison
 

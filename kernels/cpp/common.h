@@ -19,6 +19,19 @@
 #define BITSMITH_X86 0
 #endif
 
+// Returns FUNCTION<bits, OTHER>.
+#define BITSMITH_BY_BITS(BITS, FUNCTION, OTHER) \
+  switch (BITS) { \
+    case 1: return FUNCTION<1, OTHER>; \
+    case 2: return FUNCTION<2, OTHER>; \
+    case 3: return FUNCTION<3, OTHER>; \
+    case 4: return FUNCTION<4, OTHER>; \
+    case 5: return FUNCTION<5, OTHER>; \
+    case 6: return FUNCTION<6, OTHER>; \
+    case 7: return FUNCTION<7, OTHER>; \
+    default: return FUNCTION<8, OTHER>; \
+  }
+
 namespace bitsmith {
 
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4, E4M3_BYTE = 5 };

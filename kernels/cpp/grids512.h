@@ -49,7 +49,8 @@ BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
   return _mm512_srlv_epi32(_mm512_permutexvar_epi8(load(FROM), _mm512_maskz_loadu_epi8(HAVE, p)), load(DOWN));
 }
 
-// Words of a table of 64 << LEVEL (two vectors of indices at once, to load it half as often: IQ3_S 13 -> 18 cycles for 64 numbers); high: bit 6 of each index, bit 7, ...
+// Words of a table of 64 << LEVEL; high: bit 6 of each index, bit 7, ... Two vectors of indices at once, to load the table half as often, are
+// slower (IQ3_S 13 -> 18 cycles for 64 numbers).
 template <int LEVEL>
 BITSMITH_512_INLINE __m512i find(const uint16_t* words, __m512i index, const __mmask32* high) {
   if constexpr (LEVEL == 0) {

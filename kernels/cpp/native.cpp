@@ -1,4 +1,4 @@
-// Products of quantized weights with activations on the CPU; kernels/native.py is the only caller. See common.h for the layout.
+// Products of quantized weights with activations on the CPU; Python calls it through kernels/library.py. See common.h for the layout.
 //
 // Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
 #include "amx.h"
@@ -54,40 +54,28 @@ int32_t best_path() {
   return GENERIC;
 }
 
-#define BY_BITS(FUNCTION, KIND_OF) \
-  switch (w.bits) { \
-    case 1: return FUNCTION<1, KIND_OF>; \
-    case 2: return FUNCTION<2, KIND_OF>; \
-    case 3: return FUNCTION<3, KIND_OF>; \
-    case 4: return FUNCTION<4, KIND_OF>; \
-    case 5: return FUNCTION<5, KIND_OF>; \
-    case 6: return FUNCTION<6, KIND_OF>; \
-    case 7: return FUNCTION<7, KIND_OF>; \
-    default: return FUNCTION<8, KIND_OF>; \
-  }
-
 #if BITSMITH_X86 && defined(__linux__)
 using Panels = void (*)(const Weight&, const Input&, int64_t nb, int64_t count, void* y, int32_t dtype);
 
 Panels panels_of(const Weight& w) {
-  if (w.kind == INT8) BY_BITS(folded::rows, INT8)
-  BY_BITS(folded::rows, BFLOAT)
+  if (w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
+  BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
 }
 #endif
 
 Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
 #if defined(__linux__)
-  if (path == AMX && w.kind == INT8) BY_BITS(amx::many, INT8)
-  if (path == AMX) BY_BITS(amx::many, BFLOAT)
+  if (path == AMX && w.kind == INT8) BITSMITH_BY_BITS(w.bits, amx::many, INT8)
+  if (path == AMX) BITSMITH_BY_BITS(w.bits, amx::many, BFLOAT)
 #endif
-  if (path == AVX512 && w.kind == INT8) BY_BITS(avx512::rows, INT8)
-  if (path == AVX512) BY_BITS(avx512::rows, BFLOAT)
-  if (path == AVX2) BY_BITS(avx2::rows, INT8)
+  if (path == AVX512 && w.kind == INT8) BITSMITH_BY_BITS(w.bits, avx512::rows, INT8)
+  if (path == AVX512) BITSMITH_BY_BITS(w.bits, avx512::rows, BFLOAT)
+  if (path == AVX2) BITSMITH_BY_BITS(w.bits, avx2::rows, INT8)
 #endif
 #if BITSMITH_NEON
-  if (path == NEON_SDOT) BY_BITS(neon::rows, neon::Dot)
-  if (path == NEON) BY_BITS(neon::rows, neon::Widen)
+  if (path == NEON_SDOT) BITSMITH_BY_BITS(w.bits, neon::rows, neon::Dot)
+  if (path == NEON) BITSMITH_BY_BITS(w.bits, neon::rows, neon::Widen)
 #endif
   return generic::rows;
 }
@@ -211,7 +199,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 
 }  // namespace
 
-// Raised with every change of a signature or a structure below; kernels/native.py refuses a library of another number.
+// Raised with every change of a signature or a structure below; kernels/library.py refuses a library of another number.
 BITSMITH_API int32_t bitsmith_abi() { return 17; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }

@@ -63,16 +63,7 @@ BITSMITH_TARGET void trellis(const Source& s, int64_t nb, int64_t k0, int64_t co
 
 template <int STATES>
 Decode trellis_of(int32_t bits) {
-  switch (bits) {
-    case 1: return trellis<1, STATES>;
-    case 2: return trellis<2, STATES>;
-    case 3: return trellis<3, STATES>;
-    case 4: return trellis<4, STATES>;
-    case 5: return trellis<5, STATES>;
-    case 6: return trellis<6, STATES>;
-    case 7: return trellis<7, STATES>;
-    default: return trellis<8, STATES>;
-  }
+  BITSMITH_BY_BITS(bits, trellis, STATES)
 }
 
 }  // namespace bitsmith::BITSMITH_FLOATS
