@@ -1,6 +1,6 @@
 """The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, Hadamard transform
-(cpp/rotate.h), decode and prefill attention and the residual's sum, in bfloat16 with float32 inside; and rows copied to and from their
-places.
+(cpp/rotate.h), decode and prefill attention and the residual's sum, in bfloat16 with float32 inside; and rows copied to
+and from their places.
 
 One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
 operators of kernels/fused.py take them where `usable`; their torch twins are the oracle. Each function here gives the
