@@ -154,26 +154,29 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
 #endif
   const Rows rows = rows_of(w, path);
   const int64_t count = (w.row_blocks() + wide - 1) / wide;
-  // Reading weights is what few rows do, and long runs of them are read fastest; many rows are shared out finely.
   const auto one = [&](int64_t row) { prepare(w, x, x_dtype, row, in); };
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
 #if BITSMITH_X86
   if (path == AVX512 && w.kind == INT8 && avx512::tiled(in)) interleave_tiles(in.q, in.stride, m, in.inputs, threads, in.tiles);
 #endif
-  const int64_t share = std::max<int64_t>(1, count / ((m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-  pool().run(tasks, threads, [&](int64_t task) {
-    for (int64_t i = task * share; i < std::min(count, (task + 1) * share); ++i) {
+  pool().run(count, threads, [&](int64_t i) {
 #if BITSMITH_X86 && defined(__linux__)
-      if (panels) {
-        panels(w, in, i * wide, wide, y, y_dtype);
-        continue;
-      }
+    if (panels) return panels(w, in, i * wide, wide, y, y_dtype);
 #endif
-      rows(w, in, i * wide, y, y_dtype);
-    }
+    rows(w, in, i * wide, y, y_dtype);
   });
 }
+
+#if BITSMITH_X86
+void two_level_records(const two_level::Weight& w, two_level::Input& in, int32_t threads) {
+  const int64_t tiles = (in.m + TILE - 1) / TILE, size = two_level::wide::record_bytes(w.group, w.mins), count = tiles * w.chunks();
+  if (static_cast<int64_t>(in.tiles.size()) < count * size) in.tiles.resize(static_cast<size_t>(count * size));
+  pool().run(count, threads, [&](int64_t i) {
+    two_level::wide::record(w, in, i % tiles, i / tiles, reinterpret_cast<uint8_t*>(in.tiles.data()) + i * size);
+  });
+}
+#endif
 
 // Parts of the rows one after the other: rounds their activations (and makes tiles of them), then rows(activations, nb, y of the part) for
 // each block of 16 outputs.
@@ -189,11 +192,10 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     void* to = row_of(y, first * w.n, y_dtype);
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
-    if (tiles && part > TILE) interleave_tiles(in.q, in.stride, part, w.k, threads, in.tiles);
-    const int64_t share = std::max<int64_t>(1, count / ((part <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-    pool().run(tasks, threads, [&](int64_t task) {
-      for (int64_t nb = task * share; nb < std::min(count, (task + 1) * share); ++nb) rows(in, nb, to);
-    });
+#if BITSMITH_X86
+    if (tiles && two_level::wide::recorded(part)) two_level_records(w, in, threads);
+#endif
+    pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
 }
 
@@ -242,10 +244,8 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
     slab.shape(std::min(SLAB, m - first), s.w.k);
     pool().run(slab.blocks, slab.m * s.w.k < (1 << 15) ? 1 : threads, [&](int64_t block) { prepare(from, x_dtype, block, slab); });
     const int64_t wide = slab.m <= FEW_ROWS ? 1 : PANELS;
-    const int64_t share = std::max<int64_t>(1, count / ((slab.m <= FEW_ROWS ? 4 : 16) * threads)), tasks = (count + share - 1) / share;
-    pool().run(tasks, threads, [&](int64_t task) {
-      const int64_t stop = std::min(count, (task + 1) * share);
-      for (int64_t nb = task * share; nb < stop; nb += wide) rows(decode, s, slab, nb, std::min(wide, stop - nb), to, y_dtype);
+    pool().run((count + wide - 1) / wide, threads, [&](int64_t task) {
+      rows(decode, s, slab, task * wide, std::min(wide, count - task * wide), to, y_dtype);
     });
   }
 }

@@ -43,6 +43,10 @@ BITSMITH_512_INLINE void scales(const Weight& w, int64_t at, Scales& out) {
     out.mins[g / 2] = _mm512_or_si512(sub_code16<SUB>(mins, g), _mm512_slli_epi32(sub_code16<SUB>(mins, g + 1), 16));
 }
 
+// What no group has where its weight has mins: a start of its own.
+template <int BITS, int SUB, bool TABLE>
+constexpr bool MINS = SUB != 0 && !TABLE && (BITS == 2 || BITS == 4 || BITS == 5);
+
 // One row of activations, and what its groups add to sums of unsigned codes: nothing with mins, else minus the zero point times their sum.
 BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   vectors::prepare(w, x, dtype, row, in);
@@ -56,6 +60,49 @@ BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
   }
 }
 
+// 128 inputs of TILE rows side by side, in the order they are read in: codes of four inputs of each row, then starts of groups (with mins, pairs
+// of their sums), steps. Records of a chunk's tiles follow each other (Q4_K, 2048 x 512 rows, one core: XXX).
+constexpr int64_t record_bytes(int64_t group, bool mins) { return (CHUNK + CHUNK / group / (mins ? 2 : 1) * 4 + 4) * TILE; }
+
+// Whether the activations of m rows are recorded (5632 x 2048 of Q4_K, one core, 2 rows: 0.43 ms so, 0.32 from row to row). A tile's missing rows are
+// multiplied too, whatever they hold.
+constexpr bool recorded(int64_t m) { return m > 4; }
+
+inline void record(const Weight& w, const Input& x, int64_t tile, int64_t chunk, uint8_t* to) {
+  const int64_t groups = w.k / w.group, from = chunk * CHUNK, inputs = std::min(CHUNK, w.k - from), first = from / w.group;
+  for (int64_t r = 0; r < std::min(TILE, x.m - tile * TILE); ++r) {
+    const int64_t row = tile * TILE + r;
+    const auto spread = [&](const void* words, int64_t count, int64_t at) {
+      for (int64_t i = 0; i < count; ++i) std::memcpy(to + at + (i * TILE + r) * 4, static_cast<const char*>(words) + 4 * i, 4);
+    };
+    spread(x.q.data() + row * x.stride + from, inputs / 4, 0);
+    if (w.mins) spread(x.group_sums.data() + row * groups + first, inputs / w.group / 2, CHUNK * TILE);
+    else spread(x.start.data() + row * groups + first, inputs / w.group, CHUNK * TILE);
+    std::memcpy(to + record_bytes(w.group, w.mins) - (TILE - r) * 4, &x.step[row * w.chunks() + chunk], 4);
+  }
+}
+
+// Where 128 inputs of some rows of activations lie: from row to row, or in a record.
+struct Rows128 {
+  const char *q, *start, *step;
+  int64_t q_row, start_row, step_row;
+};
+
+template <int GROUP, bool MINS>
+BITSMITH_512_INLINE Rows128 apart(const Weight& w, const Input& x, int64_t m, int64_t at) {
+  const int64_t groups = w.k / GROUP, group = m * groups + at / GROUP, width = MINS ? 2 : 4;
+  const void* start = MINS ? static_cast<const void*>(x.group_sums.data() + group) : x.start.data() + group;
+  return {reinterpret_cast<const char*>(x.q.data() + m * x.stride + at), static_cast<const char*>(start),
+          reinterpret_cast<const char*>(x.step.data() + m * w.chunks() + at / CHUNK), x.stride, groups * width, w.chunks() * 4};
+}
+
+template <int GROUP, bool MINS>
+BITSMITH_512_INLINE Rows128 in_record(const Weight& w, const Input& x, int64_t m, int64_t at) {
+  const int64_t tiles = (x.m + TILE - 1) / TILE, size = record_bytes(GROUP, MINS);
+  const char* p = reinterpret_cast<const char*>(x.tiles.data()) + (at / CHUNK * tiles + m / TILE) * size + m % TILE * 4;
+  return {p, p + CHUNK * TILE, p + size - TILE * 4, 4, 4, 4};
+}
+
 BITSMITH_512_INLINE void values(__m512i table, __m512i (&v)[8]) {
   for (auto& one : v) one = _mm512_shuffle_epi8(table, one);
 }
@@ -66,97 +113,94 @@ BITSMITH_512_INLINE __m512i spread(const void* p) {
   return _mm512_set1_epi32(four);
 }
 
-// total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1, a whole tile unless PACKED. codes: of those inputs, as stored where PACKED,
-// else as a byte each; with a table, its values.
-template <int BITS, int GROUP, int SUB, bool TABLE, int MR, bool PACKED = false>
-BITSMITH_512_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, __m512i table, __m512 d, __m512 dmin, int64_t at,
+// total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1, RECORDED: of one tile. codes: of those inputs, as stored.
+template <int BITS, int GROUP, int SUB, bool TABLE, int MR, bool RECORDED>
+BITSMITH_512_INLINE void chunk(const Weight& w, const Input& in, const uint8_t* codes, const Scales& by, __m512i table, __m512 d, __m512 dmin, int64_t at,
                                int64_t half, int64_t m0, float* total) {
-  constexpr int PER = GROUP / 4, PARTS = 8 / PER;
-  constexpr int64_t GROUPS = CHUNK / GROUP;
-  const int64_t groups = w.k / GROUP, group = m0 * groups + at / GROUP, blocks = (SUB ? CHUNK : std::min(CHUNK, w.k - at)) / BLOCK;
+  constexpr bool LOW = MINS<BITS, SUB, TABLE>;
+  constexpr int PER = GROUP / 4, PARTS = 8 / PER, GROUPS = CHUNK / GROUP;
+  // From four inputs to the next, from a group or a pair of groups to the next.
+  constexpr int64_t NEXT = RECORDED ? TILE * 4 : 4;
+  const Rows128 x = RECORDED ? in_record<GROUP, LOW>(w, in, m0, at) : apart<GROUP, LOW>(w, in, m0, at);
+  const int64_t blocks = SUB ? CHUNK / BLOCK : std::min(CHUNK, w.k - at) / BLOCK;
+  const int64_t q_row = RECORDED ? 4 : x.q_row, start_row = RECORDED ? 4 : x.start_row, step_row = RECORDED ? 4 : x.step_row;
+  const char* q = x.q;
   __m512i dot[MR];
   __m512 scaled[MR];
   for (int m = 0; m < MR; ++m) dot[m] = _mm512_setzero_si512(), scaled[m] = _mm512_setzero_ps();
-  const int8_t* q = PACKED ? x.q.data() + m0 * x.stride + at : x.tiles.data() + m0 * w.k + at * TILE;
-  for (int64_t b = 0; b < blocks; ++b, codes += 64 * (PACKED ? BITS : 8)) {
+  for (int64_t b = 0; b < blocks; ++b, codes += 64 * BITS, q += 8 * NEXT) {
     __m512i v[8];
-    if constexpr (PACKED) avx512::unpack<BITS>(codes, v);
-    else
-      for (int j = 0; j < 8; ++j) v[j] = _mm512_load_si512(codes + 64 * j);
-    if constexpr (PACKED && TABLE) values(table, v);
+    avx512::unpack<BITS>(codes, v);
+    if constexpr (TABLE) values(table, v);
     for (int part = 0; part < PARTS; ++part) {
-      const int64_t g = half * GROUPS + b * PARTS + part;
+      const int64_t g = b * PARTS + part;
       __m512i sum[MR];
-      for (int m = 0; m < MR; ++m) sum[m] = _mm512_set1_epi32(x.start[group + m * groups + b * PARTS + part]);
+      for (int m = 0; m < MR; ++m) sum[m] = LOW ? _mm512_setzero_si512() : spread(x.start + m * start_row + g * NEXT);
 #pragma GCC unroll 8
       for (int j = part * PER; j < (part + 1) * PER; ++j)
-        for (int m = 0; m < MR; ++m)
-          sum[m] = _mm512_dpbusd_epi32(sum[m], v[j], spread(PACKED ? q + m * x.stride + b * BLOCK + 4 * j : q + ((8 * b + j) * TILE + m) * 4));
+        for (int m = 0; m < MR; ++m) sum[m] = _mm512_dpbusd_epi32(sum[m], v[j], spread(q + m * q_row + j * NEXT));
       if constexpr (SUB) {
-        for (int m = 0; m < MR; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_mullo_epi32(sum[m], by.scale[g]));
+        for (int m = 0; m < MR; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_mullo_epi32(sum[m], by.scale[half * GROUPS + g]));
       } else {
-        const __m512 scale = avx512::load16(by.floats, g * ROWS, GROUP == 16 ? E4M3_BYTE : E8M0);
+        const __m512 scale = avx512::load16(by.floats, (half * GROUPS + g) * ROWS, GROUP == 16 ? E4M3_BYTE : E8M0);
         for (int m = 0; m < MR; ++m) scaled[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m]), scale, scaled[m]);
       }
     }
   }
+  // In registers: left to itself GCC keeps `dot` in memory and this a loop.
+#pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     float* to = total + (m0 + m) * ROWS;
-    const __m512 step = _mm512_set1_ps(x.step[(m0 + m) * w.chunks() + at / CHUNK]), all = _mm512_loadu_ps(to);
+    const __m512 step = _mm512_castsi512_ps(spread(x.step + m * step_row)), all = _mm512_loadu_ps(to);
     const __m512 whole = SUB ? _mm512_cvtepi32_ps(dot[m]) : scaled[m];
-    if (!w.mins) {
+    if constexpr (!LOW) {
       _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_mul_ps(d, step), all));
-      continue;
+    } else {
+      __m512i low = _mm512_setzero_si512();
+      for (int g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(x.start + m * start_row + g / 2 * NEXT));
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(whole, d)), step, all));
     }
-    const int16_t* sums = x.group_sums.data() + group + m * groups;
-    __m512i low = _mm512_setzero_si512();
-    for (int64_t g = 0; g < GROUPS; g += 2) low = _mm512_dpwssd_epi32(low, by.mins[(half * GROUPS + g) / 2], spread(sums + g));
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, _mm512_mul_ps(whole, d)), step, all));
   }
 }
 
-// All rows of activations meet super block s, of which a weight with float scales may end in its first half. packed: its codes as stored; codes:
-// a byte each, for more than TILE rows.
+// All rows of activations meet super block s, of which a weight with float scales may end in its first half. Codes are unpacked for every eight
+// rows anew: that is done beside the dot products, where loads of bytes unpacked before are not (5632 x 2048 of Q4_K, one core, 32 rows: 2.53 ms
+// by way of memory, 2.24 so; 9 rows 0.94 and 0.73; 512 rows the same).
 template <int BITS, int GROUP, int SUB, bool TABLE>
-BITSMITH_512_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* packed, const uint8_t* codes, const Scales& by, __m512i table, __m512 d,
-                                     __m512 dmin, int64_t s, float* total) {
-  for (int64_t half = 0; half < 2 && s * SUPER + half * CHUNK < w.k; ++half) {
-    const int64_t first = s * SUPER + half * CHUNK;
-    const uint8_t *p = packed + half * 4 * 64 * BITS, *c = codes + half * CHUNK * ROWS;
+BITSMITH_512_INLINE void super_block(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, __m512i table, __m512 d, __m512 dmin, int64_t s,
+                                     float* total) {
+  for (int64_t half = 0; half < 2 && s * SUPER + half * CHUNK < w.k; ++half, codes += CHUNK * ROWS / 8 * BITS) {
+    const int64_t at = s * SUPER + half * CHUNK;
     int64_t m = 0;
-    if (x.m > TILE)
-      for (; m + TILE <= x.m; m += TILE) chunk<BITS, GROUP, SUB, TABLE, TILE>(w, x, c, by, table, d, dmin, first, half, m, total);
-    if (m + 8 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 8, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 8;
-    if (m + 4 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 4, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 4;
-    if (m + 2 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 2, true>(w, x, p, by, table, d, dmin, first, half, m, total), m += 2;
-    if (m < x.m) chunk<BITS, GROUP, SUB, TABLE, 1, true>(w, x, p, by, table, d, dmin, first, half, m, total);
+    if (!recorded(x.m)) {
+      if (m + 4 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 4, false>(w, x, codes, by, table, d, dmin, at, half, m, total), m += 4;
+      if (m + 2 <= x.m) chunk<BITS, GROUP, SUB, TABLE, 2, false>(w, x, codes, by, table, d, dmin, at, half, m, total), m += 2;
+      if (m < x.m) chunk<BITS, GROUP, SUB, TABLE, 1, false>(w, x, codes, by, table, d, dmin, at, half, m, total);
+      continue;
+    }
+    for (; m + 4 < x.m; m += TILE) chunk<BITS, GROUP, SUB, TABLE, TILE, true>(w, x, codes, by, table, d, dmin, at, half, m, total);
+    if (m + 2 < x.m) chunk<BITS, GROUP, SUB, TABLE, 4, true>(w, x, codes, by, table, d, dmin, at, half, m, total);
+    else if (m < x.m) chunk<BITS, GROUP, SUB, TABLE, 2, true>(w, x, codes, by, table, d, dmin, at, half, m, total);
   }
 }
 
 template <int BITS, int GROUP, int SUB, bool TABLE>
 BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   static thread_local std::vector<float> totals;
-  totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
+  totals.assign(static_cast<size_t>((x.m + TILE) * ROWS), 0.0f);
   float* total = totals.data();
-  alignas(64) uint8_t codes[SUPER * ROWS];
   const __m512i table = TABLE ? _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table))),
                                                 _mm512_set1_epi8(static_cast<char>(BIAS)))
                               : _mm512_setzero_si512();
   Scales by;
   for (int64_t s = 0; s < w.super_blocks(); ++s) {
-    const int64_t at = nb * w.super_blocks() + s, blocks = SUB ? SUPER / BLOCK : std::min(SUPER, w.k - s * SUPER) / BLOCK;
-    const uint8_t* packed = w.codes + (nb * w.k + s * SUPER) / BLOCK * 64 * BITS;
-    for (int64_t b = 0; b < (x.m > TILE ? blocks : 0); ++b) {
-      __m512i v[8];
-      avx512::unpack<BITS>(packed + b * 64 * BITS, v);
-      if constexpr (TABLE) values(table, v);
-      for (int j = 0; j < 8; ++j) _mm512_store_si512(codes + 512 * b + 64 * j, v[j]);
-    }
+    const int64_t at = nb * w.super_blocks() + s;
+    const uint8_t* codes = w.codes + (nb * w.k + s * SUPER) / BLOCK * 64 * BITS;
     if constexpr (SUB) scales<SUB, GROUP>(w, at, by);
     else by.floats = w.scales + (nb * w.k + s * SUPER) / GROUP * ROWS;
     const __m512 d = SUB ? avx512::load16(w.supers, at * ROWS, F16) : _mm512_set1_ps(w.factor);
     const __m512 dmin = w.mins ? avx512::load16(w.super_mins, at * ROWS, F16) : _mm512_setzero_ps();
-    super_block<BITS, GROUP, SUB, TABLE>(w, x, packed, codes, by, table, d, dmin, s, total);
+    super_block<BITS, GROUP, SUB, TABLE>(w, x, codes, by, table, d, dmin, s, total);
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(total + m * ROWS), w.n - nb * ROWS);
 }
