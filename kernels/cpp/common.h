@@ -73,7 +73,7 @@ struct Input {
   int64_t stride;                    // from row to row
   int64_t chunk, chunks;
   std::vector<int8_t> q;             // INT8: [m][stride]
-  std::vector<int8_t> tiles;         // INT8 of avx512.h, more than TILE rows: `interleave`d
+  std::vector<uint8_t> records;      // of avx512.h
   std::vector<uint16_t> b;           // BFLOAT: [m][stride], each four inputs in the order 0 2 1 3
   std::vector<int32_t> low;          // INT8 of avx512.h: [m][chunks], -zero * sum of the codes of a whole_zero()
   std::vector<float> scale, sum;     // [m][chunks]: int8 step; step * sum of the codes (BFLOAT: sum of the inputs)
@@ -82,14 +82,10 @@ struct Input {
 // Rows of activations that a kernel takes at once.
 constexpr int64_t TILE = 8;
 
-// Rows tile * TILE .. of q [m][stride] -> [inputs / 4][TILE][4] at their place in `out` [tiles][inputs * TILE]: a kernel that takes the rows
-// together then reads one stream, where rows apart compete for sets of the first-level cache (4-bit, 128 rows: 180 -> 198 GMAC/s a core).
-inline void interleave(const int8_t* q, int64_t stride, int64_t m, int64_t inputs, int64_t tile, int8_t* out) {
-  for (int64_t r = 0; r < std::min(TILE, m - tile * TILE); ++r) {
-    const int8_t* from = q + (tile * TILE + r) * stride;
-    int8_t* to = out + tile * inputs * TILE + 4 * r;
-    for (int64_t i = 0; i < inputs; i += 4) std::memcpy(to + i * TILE, from + i, 4);
-  }
+// Words of one row among those of the other rows of its tile, to[count][TILE] from this row's first place on: a kernel that takes the rows together
+// then reads one stream, where rows apart compete for sets of the first-level cache (4-bit, 128 rows: 180 -> 198 GMAC/s a core).
+inline void place(const void* words, int64_t count, uint8_t* to) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * TILE * 4, static_cast<const uint8_t*>(words) + 4 * i, 4);
 }
 
 #if defined(__aarch64__)

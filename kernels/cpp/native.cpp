@@ -123,11 +123,15 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
-void interleave_tiles(const std::vector<int8_t>& q, int64_t stride, int64_t m, int64_t inputs, int32_t threads, std::vector<int8_t>& out) {
-  const int64_t tiles = (m + TILE - 1) / TILE;
-  if (static_cast<int64_t>(out.size()) < tiles * TILE * inputs) out.resize(static_cast<size_t>(tiles * TILE * inputs));
-  pool().run(tiles, threads, [&](int64_t tile) { interleave(q.data(), stride, m, inputs, tile, out.data()); });
+#if BITSMITH_X86
+// record(tile, step, bytes) for every tile of m rows and every step, in their order.
+template <class Record>
+void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vector<uint8_t>& out, const Record& record) {
+  const int64_t tiles = (m + TILE - 1) / TILE, count = tiles * steps;
+  if (static_cast<int64_t>(out.size()) < count * size) out.resize(static_cast<size_t>(count * size));
+  pool().run(count, threads, [&](int64_t i) { record(i % tiles, i / tiles, out.data() + i * size); });
 }
+#endif
 
 // Rows that go through a product together: activations of more would leave the second-level cache between two blocks of outputs (4096 x 14336,
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
@@ -158,7 +162,9 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
 #if BITSMITH_X86
-  if (path == AVX512 && w.kind == INT8 && avx512::tiled(in)) interleave_tiles(in.q, in.stride, m, in.inputs, threads, in.tiles);
+  if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
+    records(m, (in.inputs + avx512::STEP - 1) / avx512::STEP, avx512::record_bytes(in.chunk), threads, in.records,
+            [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
 #endif
   pool().run(count, threads, [&](int64_t i) {
 #if BITSMITH_X86 && defined(__linux__)
@@ -168,20 +174,10 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-#if BITSMITH_X86
-void two_level_records(const two_level::Weight& w, two_level::Input& in, int32_t threads) {
-  const int64_t tiles = (in.m + TILE - 1) / TILE, size = two_level::wide::record_bytes(w.group, w.mins), count = tiles * w.chunks();
-  if (static_cast<int64_t>(in.tiles.size()) < count * size) in.tiles.resize(static_cast<size_t>(count * size));
-  pool().run(count, threads, [&](int64_t i) {
-    two_level::wide::record(w, in, i % tiles, i / tiles, reinterpret_cast<uint8_t*>(in.tiles.data()) + i * size);
-  });
-}
-#endif
-
-// Parts of the rows one after the other: rounds their activations (and makes tiles of them), then rows(activations, nb, y of the part) for
+// Parts of the rows one after the other: rounds their activations (`wide`: and records them), then rows(activations, nb, y of the part) for
 // each block of 16 outputs.
 template <class Rows>
-void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), bool tiles,
+void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), [[maybe_unused]] bool wide,
                        const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
@@ -193,7 +189,9 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
 #if BITSMITH_X86
-    if (tiles && two_level::wide::recorded(part)) two_level_records(w, in, threads);
+    if (wide && two_level::wide::recorded(part))
+      records(part, w.chunks(), two_level::wide::record_bytes(w.group, w.mins), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::wide::record(w, in, tile, chunk, to); });
 #endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }

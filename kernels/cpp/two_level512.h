@@ -8,6 +8,8 @@
 #if BITSMITH_X86
 namespace bitsmith::two_level::wide {
 
+using avx512::spread;
+
 // What is added to the values of a table, so that they have no sign; their zero point moves with them.
 constexpr int32_t BIAS = 128;
 
@@ -60,8 +62,8 @@ BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
   }
 }
 
-// 128 inputs of TILE rows side by side, in the order they are read in: codes of four inputs of each row, then starts of groups (with mins, pairs
-// of their sums), steps. Records of a chunk's tiles follow each other (Q4_K, 2048 x 512 rows, one core: XXX).
+// 128 inputs of TILE rows, `place`d: codes of four inputs, then starts of groups (with mins, pairs of their sums), the step. Records of the tiles
+// follow each other, then those of the next 128 inputs: the order they are read in.
 constexpr int64_t record_bytes(int64_t group, bool mins) { return (CHUNK + CHUNK / group / (mins ? 2 : 1) * 4 + 4) * TILE; }
 
 // Whether the activations of m rows are recorded (5632 x 2048 of Q4_K, one core, 2 rows: 0.43 ms so, 0.32 from row to row). A tile's missing rows are
@@ -70,15 +72,11 @@ constexpr bool recorded(int64_t m) { return m > 4; }
 
 inline void record(const Weight& w, const Input& x, int64_t tile, int64_t chunk, uint8_t* to) {
   const int64_t groups = w.k / w.group, from = chunk * CHUNK, inputs = std::min(CHUNK, w.k - from), first = from / w.group;
-  for (int64_t r = 0; r < std::min(TILE, x.m - tile * TILE); ++r) {
-    const int64_t row = tile * TILE + r;
-    const auto spread = [&](const void* words, int64_t count, int64_t at) {
-      for (int64_t i = 0; i < count; ++i) std::memcpy(to + at + (i * TILE + r) * 4, static_cast<const char*>(words) + 4 * i, 4);
-    };
-    spread(x.q.data() + row * x.stride + from, inputs / 4, 0);
-    if (w.mins) spread(x.group_sums.data() + row * groups + first, inputs / w.group / 2, CHUNK * TILE);
-    else spread(x.start.data() + row * groups + first, inputs / w.group, CHUNK * TILE);
-    std::memcpy(to + record_bytes(w.group, w.mins) - (TILE - r) * 4, &x.step[row * w.chunks() + chunk], 4);
+  for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
+    place(x.q.data() + row * x.stride + from, inputs / 4, to);
+    if (w.mins) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + CHUNK * TILE);
+    else place(x.start.data() + row * groups + first, inputs / w.group, to + CHUNK * TILE);
+    place(x.step.data() + row * w.chunks() + chunk, 1, to + record_bytes(w.group, w.mins) - TILE * 4);
   }
 }
 
@@ -99,18 +97,12 @@ BITSMITH_512_INLINE Rows128 apart(const Weight& w, const Input& x, int64_t m, in
 template <int GROUP, bool MINS>
 BITSMITH_512_INLINE Rows128 in_record(const Weight& w, const Input& x, int64_t m, int64_t at) {
   const int64_t tiles = (x.m + TILE - 1) / TILE, size = record_bytes(GROUP, MINS);
-  const char* p = reinterpret_cast<const char*>(x.tiles.data()) + (at / CHUNK * tiles + m / TILE) * size + m % TILE * 4;
+  const char* p = reinterpret_cast<const char*>(x.records.data()) + (at / CHUNK * tiles + m / TILE) * size + m % TILE * 4;
   return {p, p + CHUNK * TILE, p + size - TILE * 4, 4, 4, 4};
 }
 
 BITSMITH_512_INLINE void values(__m512i table, __m512i (&v)[8]) {
   for (auto& one : v) one = _mm512_shuffle_epi8(table, one);
-}
-
-BITSMITH_512_INLINE __m512i spread(const void* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return _mm512_set1_epi32(four);
 }
 
 // total[m][16 outputs] += 128 inputs of rows m0 .. m0 + MR - 1, RECORDED: of one tile. codes: of those inputs, as stored.
