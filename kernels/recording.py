@@ -3,8 +3,8 @@ to a CPU what a CUDA graph is to a GPU.
 
 At one token a step a 1.1 B Llama spends 8 of 30 ms in module calls, views, argument checks and dispatch; the list needs
 0.9 ms. Recorded is what torch's dispatcher sees: each operator with its arguments, and the tensors it returned, which
-stay. Repeating calls the operators in order; what each returns is written where its first result lies, operators of
-ops.py write there themselves through their `bind`, those of the native library that follow each other as one call
+stay. Repeating calls the operators in order; what each returns is written where its first result lies: through its
+`out` where torch has one, operators of ops.py through their `bind`, those of the native library that follow each other as one call
 (chain.py), and views are skipped. So the function must do the same for any
 contents of its tensors: whatever reads a tensor back to Python, or gives results whose shape depends on contents,
 raises Unrecordable.
@@ -12,7 +12,7 @@ raises Unrecordable.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ _READS = {
     getattr(Tensor, name)
     for name in ("tolist", "item", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
 }
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 _CONTENTS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded)
 
 
@@ -100,7 +101,7 @@ class _Recorder(TorchDispatchMode):
         elif func._schema.is_mutable:
             self._calls.append(partial(func, *args, **kwargs))
         elif fresh:
-            self._calls.append(partial(_again, fresh, func, args, kwargs))
+            self._calls.append(_repeated(fresh, func, args, kwargs))
         self._held.append((args, kwargs, result))
         return result
 
@@ -109,6 +110,28 @@ def _by_numbers(func: Any, args: Sequence[Any]) -> bool:
     """x[i, j] with numbers, whose result is as large as they are; only a mask's depends on what it holds."""
     masks = (torch.bool, torch.uint8)
     return func is torch.ops.aten.index.Tensor and not any(i is not None and i.dtype in masks for i in args[1])
+
+
+def _repeated(results: Sequence[Tensor], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ops.Call:
+    """`func` once more, into `results`; without a tensor between them where torch has a way."""
+    if func in _COPIES:
+        return partial(results[0].copy_, args[0])
+    out = _writes(func)
+    if out and len(results) == 1:
+        return partial(out, *args, **kwargs, out=results[0])
+    return partial(_again, results, func, args, kwargs)
+
+
+@cache
+def _writes(func: Any) -> Any:
+    """The overload of `func` that takes its one result as `out`, or None."""
+    wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    for name in func.overloadpacket.overloads():
+        found = getattr(func.overloadpacket, name)
+        taken = [argument for argument in found._schema.arguments if not argument.is_out]
+        if len(found._schema.arguments) == len(taken) + 1 and [(a.name, str(a.type)) for a in taken] == wanted:
+            return found
+    return None
 
 
 def _again(results: Sequence[Tensor], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

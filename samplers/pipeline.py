@@ -60,6 +60,9 @@ class Piece:
 
     def best(self) -> Tensor:
         """int64 [b, 1]: where the largest logit is, the lowest id among equals."""
+        if self.logits.device.type == "cpu":
+            # torch's takes 30 us of 32 thousand, numpy's 2.
+            return torch.from_numpy(self.logits.numpy().argmax(-1)[:, None])
         return self.logits.argmax(-1, keepdim=True)
 
     @property
