@@ -1,8 +1,9 @@
 """The engines that `bench decode` compares, behind the calls that its measurements are made of.
 
   bitsmith       our serving engine, one step per call: scheduler, paged forward, greedy sampling and detokenizing
-  included transformers   the same shape in bf16, as most people run a model on a CPU; forward only llama.cpp      the
-  same shape as a Q4_0 file, through llama-cpp-python; forward only. Measured in two configurations,
+                 included
+  transformers   the same shape in bf16, as most people run a model on a CPU; forward only
+  llama.cpp      the same shape as a GGUF file, through llama-cpp-python; forward only. Measured in two configurations,
                  because its default (repack weights at load) wins decode and `--no-repack` wins some prefills: a peer
                  that is configured badly flatters us
 

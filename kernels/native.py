@@ -7,7 +7,8 @@ operators by measurement (results/LOG.md).
 
     affine                 activations rounded to int8, with a step of their own for at most 128 inputs of a row
                            (llama.cpp: 32); integer dot products are exact
-    minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums
+    minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums;
+                           NVFP4 and MXFP4 see native_two_level.py
 
 From some dozens of rows on, weights are decoded once and scaled in bfloat16, and activations stay in bfloat16 for all.
 `BITSMITH_ACT=bf16` keeps them there for affine weights at any number of rows. What int8 activations cost in KL

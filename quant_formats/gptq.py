@@ -118,7 +118,7 @@ def load(read: Reader, name: str, shape: tuple[int, int], recipe: Recipe) -> QTe
 
 
 def _symmetric(qzeros: Tensor, width: int, recipe: Recipe) -> bool:
-    """Whether all zero points are those of a symmetric grid, by their words: unpacking them took as long as scales."""
+    """Whether all zero points are those of a symmetric grid, by their words: nothing is unpacked."""
     unit = 3 if width == 3 else 1
     wanted = _pack_zeros(torch.full((1, 32), 1 << (width - 1), dtype=torch.uint8), width, recipe)[:, :unit]
     return bool((qzeros.reshape(-1, unit) == wanted).all())

@@ -77,8 +77,8 @@ inline void block(const Stream& from, int64_t kb, int64_t count, int64_t k, int3
   const bool whole = (kb + 1) * BLOCK <= k && count == ROWS;
   const int64_t have = std::min<int64_t>(bits, words - kb * bits);
   const uint32_t* first = from.words + kb * bits * from.word_stride;
-  if (from.row_stride == 1 && count == ROWS) {  // GPTQ's own order
-    for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, ROWS * 4);
+  if (from.row_stride == 1) {  // GPTQ's own order
+    for (int64_t i = 0; i < have; ++i) std::memcpy(word[i], first + i * from.word_stride, static_cast<size_t>(count) * 4);
   } else {
     for (int64_t r = 0; r < count; ++r)
       for (int64_t i = 0; i < have; ++i) word[i][r] = first[r * from.row_stride + i * from.word_stride];
