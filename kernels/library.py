@@ -8,7 +8,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of native.cpp's functions and structures.
-_ABI = 17
+_ABI = 18
 
 
 @cache

@@ -114,13 +114,14 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
 
 @cache
 def _levels(name: str, step: float) -> tuple[Tensor, Tensor]:
-    """(int16 [2**bits] by index: places of 8 or 4 numbers, two or three bits each, uint8 [64] by place modulo 4 or 8:
-    the number plus 128), without shifts."""
+    """(uint8 [2, 2**bits] by half of a vector and index: the places of its 4 or 2 numbers, two or three bits each, uint8
+    [64] by place modulo 4 or 8: the number plus 128), without shifts."""
     vectors = grids.vectors(name)
     levels, bits = vectors.unique(), 2 if vectors.shape[1] == 8 else 3
-    places = torch.searchsorted(levels, vectors) << torch.arange(vectors.shape[1]) * bits
+    halves = torch.searchsorted(levels, vectors).unflatten(1, (2, -1))
+    places = (halves << torch.arange(halves.shape[2]) * bits).sum(2).T.contiguous()
     number = levels[(torch.arange(64) % (1 << bits)).clamp(max=levels.shape[0] - 1)]
-    return places.sum(1).to(torch.int16), (number / step + 128).to(torch.uint8)
+    return places.to(torch.uint8), (number / step + 128).to(torch.uint8)
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:

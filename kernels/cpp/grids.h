@@ -20,7 +20,7 @@ struct Weight {
   const uint16_t* supers;    // float16 [n][k / 256]
   const int8_t* vectors;     // [2^index_bits][8 / indices], none of them 0
   const uint8_t* signs;      // [2^sign_bits][8], 0 or 255; or null
-  const uint16_t* places;    // of grids512.h: [2^index_bits], for each number of a vector, lowest bits first, its place in `levels`
+  const uint8_t* places;     // of grids512.h: [2][2^index_bits], for the numbers of a half of a vector, lowest bits first, their places in `levels`
   const uint8_t* levels;     // of grids512.h: [64] numbers plus 128, without the shift
   int64_t n, k;              // k a multiple of 256
   int64_t words, scale_words;

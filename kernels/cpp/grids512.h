@@ -49,37 +49,55 @@ BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
   return _mm512_srlv_epi32(_mm512_permutexvar_epi8(load(FROM), _mm512_maskz_loadu_epi8(HAVE, p)), load(DOWN));
 }
 
-// Words of a table of 64 << LEVEL; high: bit 6 of each index, bit 7, ... Two vectors of indices at once, to load the table half as often, are
-// slower (IQ3_S 13 -> 18 cycles for 64 numbers).
+// Bytes of a table of 128 << LEVEL. high: bit 7 of each index, bit 8, ...
 template <int LEVEL>
-BITSMITH_512_INLINE __m512i find(const uint16_t* words, __m512i index, const __mmask32* high) {
+BITSMITH_512_INLINE __m512i find(const uint8_t* bytes, __m512i index, const __mmask64* high) {
   if constexpr (LEVEL == 0) {
-    return _mm512_permutex2var_epi16(_mm512_loadu_si512(words), index, _mm512_loadu_si512(words + 32));
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(bytes), index, _mm512_loadu_si512(bytes + 64));
   } else {
-    const __m512i low = find<LEVEL - 1>(words, index, high), upper = find<LEVEL - 1>(words + (32 << LEVEL), index, high);
-    return _mm512_mask_blend_epi16(high[LEVEL - 1], low, upper);
+    const __m512i low = find<LEVEL - 1>(bytes, index, high), upper = find<LEVEL - 1>(bytes + (64 << LEVEL), index, high);
+    return _mm512_mask_blend_epi8(high[LEVEL - 1], low, upper);
   }
 }
 
-// Levels of two times 8 numbers a lane where codes have one index, of 8 where they have two: in the halves of the lane.
+// Codes whose indices fill the four bytes of a lane.
 template <class F>
-BITSMITH_512_INLINE __m512i levels(const Weight& w, __m512i code, __m512i next) {
-  constexpr int LEVEL = F::INDEX_BITS - 6;
-  const __m512i index = _mm512_mask_blend_epi16(0xaaaaaaaa, code, F::INDICES == 1 ? _mm512_slli_epi32(next, 16) : _mm512_slli_epi32(code, 16 - F::INDEX_BITS));
-  __mmask32 high[LEVEL];
-  for (int i = 0; i < LEVEL; ++i) high[i] = _mm512_test_epi16_mask(index, _mm512_set1_epi16(static_cast<int16_t>(64 << i)));
-  return find<LEVEL>(w.places, index, high);
+constexpr int TOGETHER = 4 / F::INDICES;
+
+// The low bytes of two of the four indices, then their upper bits.
+template <class F>
+BITSMITH_512_INLINE __m512i two_indices(const __m512i* code) {
+  if constexpr (F::INDICES == 1) {
+    static constexpr Bytes FROM = bytes_of([](int i) { return i % 2 * 64 + i / 4 * 4 + i % 4 / 2; });
+    return _mm512_permutex2var_epi8(code[0], load(FROM), code[1]);
+  } else {
+    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + i % 2 * F::INDEX_BITS + i % 4 / 2 * 8; });
+    return _mm512_multishift_epi64_epi8(load(FROM), code[0]);
+  }
 }
 
-// Bits of a number's place in `levels`.
+// The first and the second half of the numbers of each index, a byte of places in `levels` each.
 template <class F>
-constexpr int LEVEL_BITS = F::INDICES == 2 ? 3 : 2;
+BITSMITH_512_INLINE void halves(const Weight& w, const __m512i* code, __m512i (&found)[2]) {
+  constexpr int LEVEL = F::INDEX_BITS - 7;
+  const __m512i a = two_indices<F>(code), b = two_indices<F>(code + TOGETHER<F> / 2);
+  const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16)), upper = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b);
+  __mmask64 high[LEVEL];
+  for (int i = 0; i < LEVEL; ++i) high[i] = i ? _mm512_test_epi8_mask(upper, _mm512_set1_epi8(static_cast<char>(1 << (i - 1)))) : _mm512_movepi8_mask(low);
+  for (int i = 0; i < 2; ++i) found[i] = find<LEVEL>(w.places + (i << F::INDEX_BITS), low, high);
+}
 
-// Numbers plus 128 of four inputs whose levels begin at bit AT of their lane.
-template <class F, int AT>
-BITSMITH_512_INLINE __m512i numbers(__m512i levels, __m512i table) {
-  static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + AT + i % 4 * LEVEL_BITS<F>; });
-  return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(load(FROM), levels), table);
+// Numbers plus 128 of inputs 4 QUAD .. of the code that is number AT of those together.
+template <class F, int AT, int QUAD>
+BITSMITH_512_INLINE __m512i numbers(const __m512i (&halves)[2], __m512i table) {
+  if constexpr (F::INDICES == 1) {
+    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + 8 * AT + i % 4 * 2; });
+    return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(load(FROM), halves[QUAD]), table);
+  } else {
+    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + 8 * (2 * AT + QUAD) + i % 2 * 3; });
+    const __m512i first = _mm512_multishift_epi64_epi8(load(FROM), halves[0]);
+    return _mm512_permutexvar_epi8(_mm512_mask_multishift_epi64_epi8(first, 0xcccccccccccccccc, load(FROM), halves[1]), table);
+  }
 }
 
 // The byte of 8 signs of 7, of which the last makes their number even.
@@ -103,15 +121,15 @@ BITSMITH_512_INLINE __m512i signs_of(__m512i code) {
 
 // Eight numbers of 16 rows, plus 128: two vectors of bytes. shift: what is added to them.
 template <class F, int AT>
-BITSMITH_512_INLINE void store_octet(__m512i levels, __m512i table, __m512i code, __m512i shift, uint8_t* to) {
-  __m512i v[2] = {numbers<F, AT>(levels, table), numbers<F, AT + (F::INDICES == 2 ? 16 : 8)>(levels, table)};
+BITSMITH_512_INLINE void store_octet(const __m512i (&halves)[2], __m512i table, __m512i code, __m512i shift, uint8_t* to) {
+  __m512i v[2] = {numbers<F, AT, 0>(halves, table), numbers<F, AT, 1>(halves, table)};
   if constexpr (F::SHIFT) {
     for (auto& one : v) one = _mm512_add_epi8(one, shift);
   } else {
     const __m512i signs = signs_of<F>(code);
     v[0] = with_signs<F, 0>(v[0], signs), v[1] = with_signs<F, 1>(v[1], signs);
   }
-  for (int i = 0; i < 2; ++i) _mm512_store_si512(to + 64 * i, v[i]);
+  for (int i = 0; i < 2; ++i) _mm512_store_si512(to + 128 * AT + 64 * i, v[i]);
 }
 
 // Plus or minus one where a bit is clear or set.
@@ -149,13 +167,16 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Sc
     __m512i code[16];
     for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(codes[r] + half * 2 * F::WIDTH);
     transpose(code);
-    for (int64_t o = 0; o < 16; o += 2, to += 4 * 64) {
-      __m512i add[2] = {};
-      for (int64_t i = 0; F::SHIFT && i < 2; ++i) add[i] = F::GROUP_SHIFT ? shift[(half * 16 + o) * 8 / F::GROUP] : shift_of(code[o + i], 1 << F::PLACE);
-      const __m512i found = levels<F>(w, code[o], code[o + 1]);
-      store_octet<F, 0>(found, table, code[o], add[0], to);
-      if constexpr (F::INDICES == 1) store_octet<F, 16>(found, table, code[o + 1], add[1], to + 128);
-      else store_octet<F, 0>(levels<F>(w, code[o + 1], code[o + 1]), table, code[o + 1], add[1], to + 128);
+    for (int64_t o = 0; o < 16; o += TOGETHER<F>, to += 128 * TOGETHER<F>) {
+      __m512i found[2];
+      halves<F>(w, code + o, found);
+      const auto store = [&]<int AT>(std::integral_constant<int, AT>) __attribute__((always_inline)) BITSMITH_512 {
+        __m512i add{};
+        if constexpr (F::SHIFT) add = F::GROUP_SHIFT ? shift[(half * 16 + o) * 8 / F::GROUP] : shift_of(code[o + AT], 1 << F::PLACE);
+        store_octet<F, AT>(found, table, code[o + AT], add, to);
+      };
+      store(std::integral_constant<int, 0>{}), store(std::integral_constant<int, 1>{});
+      if constexpr (TOGETHER<F> == 4) store(std::integral_constant<int, 2>{}), store(std::integral_constant<int, 3>{});
     }
   }
 }

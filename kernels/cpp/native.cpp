@@ -200,7 +200,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/library.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 17; }
+BITSMITH_API int32_t bitsmith_abi() { return 18; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
