@@ -114,8 +114,8 @@ def _tables(name: str) -> tuple[Tensor, Tensor | None, float]:
 
 @cache
 def _levels(name: str, step: float) -> tuple[Tensor, Tensor]:
-    """(uint8 [2, 2**bits] by half of a vector and index: the places of its 4 or 2 numbers, two or three bits each, uint8
-    [64] by place modulo 4 or 8: the number plus 128), without shifts."""
+    """(uint8 [2, 2**bits] by half of a vector and index: the places of its 4 or 2 numbers, two or three bits each,
+    uint8 [64] by place modulo 4 or 8: the number plus 128), without shifts."""
     vectors = grids.vectors(name)
     levels, bits = vectors.unique(), 2 if vectors.shape[1] == 8 else 3
     halves = torch.searchsorted(levels, vectors).unflatten(1, (2, -1))

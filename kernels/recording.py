@@ -4,10 +4,9 @@ to a CPU what a CUDA graph is to a GPU.
 At one token a step a 1.1 B Llama spends 8 of 30 ms in module calls, views, argument checks and dispatch; the list needs
 0.9 ms. Recorded is what torch's dispatcher sees: each operator with its arguments, and the tensors it returned, which
 stay. Repeating calls the operators in order; what each returns is written where its first result lies: through its
-`out` where torch has one, operators of ops.py through their `bind`, those of the native library that follow each other as one call
-(chain.py), and views are skipped. So the function must do the same for any
-contents of its tensors: whatever reads a tensor back to Python, or gives results whose shape depends on contents,
-raises Unrecordable.
+`out` where torch has one, operators of ops.py through their `bind`, those of the native library that follow each other
+as one call (chain.py), and views are skipped. So the function must do the same for any contents of its tensors:
+whatever reads a tensor back to Python, or gives results whose shape depends on contents, raises Unrecordable.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,9 +1,7 @@
 """The native CPU library against its torch twins: every instruction set this machine has, every storage, awkward shapes."""
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +15,13 @@ from bitsmith.kernels.qtensor import QTensor, matrix_shape
 from bitsmith.kernels.spec import Spec
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(
-    native.best_path() in ("", "generic"),
-    reason="no native library for this processor, or built without a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        native.best_path() in ("", "generic"),
+        reason="no native library for this processor, or built without a C++ compiler",
+    ),
+]
 
 SPECS = (
     "affine1.g128.sym", "affine2.g64.zf16", "affine3.g64.asym", "affine4.g128.sym", "affine4.g32.asym", "affine4.channel.asym",
@@ -32,19 +33,6 @@ SPECS = (
 # Rows and inputs that fill blocks and that do not.
 SHAPES = ((48, 256), (33, 160), (16, 128), (1, 64), (40, 608))
 ROWS = (1, 2, 3, 5, 8, 16, 17, 33, 70)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every buffer starts as NaN, so an output left unwritten shows."""
-    real = torch.empty
-
-    def empty(*size: Any, **options: Any) -> Tensor:
-        found = real(*size, **options)
-        return found.fill_(float("nan")) if found.dtype.is_floating_point else found.fill_(0x55)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
 
 
 def random_qtensor(text: str, shape: tuple[int, int]) -> QTensor:

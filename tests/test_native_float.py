@@ -1,10 +1,8 @@
 """The native library's float products against their torch twins: every weight bit for bit, and sums as close as float32 is."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -20,10 +18,13 @@ from torch import Tensor
 from .test_codebook_vector import random_codebook
 from .test_trellis import EXL3, random_trellis
 
-pytestmark = pytest.mark.skipif(
-    native.best_path() in ("", "generic"),
-    reason="no native library for this processor, or built without a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        native.best_path() in ("", "generic"),
+        reason="no native library for this processor, or built without a C++ compiler",
+    ),
+]
 
 SCALARS = (
     "affine1.g8.sym", "affine2.g16.min", "affine2.g32.one", "affine3.g16.asym", "affine4.g16.zf16", "affine5.g24.zbf16.bf16",
@@ -43,19 +44,6 @@ TRELLIS = tuple(f"trellis{bits}.{states}" for bits, states in itertools.product(
 # Rows and inputs that fill blocks and panels (256 inputs) and that do not.
 SHAPES = ((48, 512), (33, 160), (16, 128), (1, 64), (40, 608), (17, 72))
 ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 64)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every buffer starts as NaN, so an output left unwritten shows."""
-    real = torch.empty
-
-    def empty(*size: Any, **options: Any) -> Tensor:
-        found = real(*size, **options)
-        return found.fill_(float("nan")) if found.dtype.is_floating_point else found.fill_(0x55)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
 
 
 def native_paths() -> list[str]:

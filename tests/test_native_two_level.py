@@ -1,8 +1,6 @@
 """The native library's products of two-level scales, of grids, and of one level with mins, against their torch twins."""
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -14,29 +12,19 @@ from torch import Tensor
 
 from . import gguf_bytes
 
-pytestmark = pytest.mark.skipif(
-    native.best_path() in ("", "generic"),
-    reason="no native library for this processor, or built without a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(
+        native.best_path() in ("", "generic"),
+        reason="no native library for this processor, or built without a C++ compiler",
+    ),
+]
 
 NAMES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 GRIDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 ONE_LEVEL = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SHAPES = ((48, 512), (33, 256), (1, 1024))
 ROWS = (1, 2, 3, 4, 5, 7, 17)
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every buffer starts as NaN, so an output left unwritten shows."""
-    real = torch.empty
-
-    def empty(*size: Any, **options: Any) -> Tensor:
-        found = real(*size, **options)
-        return found.fill_(float("nan")) if found.dtype.is_floating_point else found.fill_(0x55)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    yield
 
 
 def random_qtensor(name: str, shape: tuple[int, int]) -> QTensor:
