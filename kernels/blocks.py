@@ -131,13 +131,13 @@ def packed(library: ctypes.CDLL, source: Blocks, shape: tuple[int, int]) -> dict
     """
     (n, k), layout = shape, source.layout
     spec, count = layout.spec, -(-n // ROWS)
-    parts = {name: torch.empty(count, k // layout.width, ROWS, dtype=torch.float16) for name in layout.parts}
+    parts = {name: large_pages((count, k // layout.width, ROWS), torch.float16) for name in layout.parts}
     groups = k // spec.group
     if layout.scale_bits:
         form = (-1,) if spec.two_level else (count, groups, ROWS)
         for name in parts.keys() & _LEVELS:
-            parts[name] = torch.empty(count * ROWS * groups * layout.scale_bits // 8, dtype=torch.uint8).view(form)
-    parts["codes"] = large_pages(count * (k // BLOCK) * 64 * spec.bits)
+            parts[name] = large_pages([count * ROWS * groups * layout.scale_bits // 8]).view(form)
+    parts["codes"] = large_pages([count * (k // BLOCK) * 64 * spec.bits])
     # Rows where they lie: stacking them first would copy all.
     at = torch.cat([which * raw.stride(0) + raw.data_ptr() for raw, which in source.rows])
     assert at.shape[0] == n

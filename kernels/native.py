@@ -31,7 +31,7 @@ from .families import family
 from .library import library as library
 from .native_inputs import int8_activations as int8_activations
 from .native_inputs import rounded_activations as rounded_activations
-from .pages import large_pages
+from .pages import large_pages as large_pages
 from .pages import on_large_pages as on_large_pages
 from .pieces import straighten
 from .qtensor import QTensor
@@ -302,7 +302,7 @@ def pack_codes(streams: Sequence[Tensor], k: int, width: int) -> Tensor:
     lib = library()
     assert lib is not None
     size = -(-k // BLOCK) * 64 * width
-    out = large_pages(sum(-(-t.shape[0] // ROWS) for t in streams) * size)
+    out = large_pages([sum(-(-t.shape[0] // ROWS) for t in streams) * size])
     at = out.data_ptr()
     for t in streams:
         assert t.shape[1] == bits.words(k, width)
@@ -368,7 +368,7 @@ def by_block(numbers: Sequence[Tensor]) -> Tensor:
     lib = library()
     assert lib is not None
     groups, dtype = numbers[0].shape[1], numbers[0].dtype
-    out = torch.empty(sum(-(-t.shape[0] // ROWS) for t in numbers), groups, ROWS, dtype=dtype)
+    out = large_pages((sum(-(-t.shape[0] // ROWS) for t in numbers), groups, ROWS), dtype)
     at = out.data_ptr()
     for t in numbers:
         lib.bitsmith_pack_groups(t.data_ptr(), *t.stride(), *t.shape, dtype.itemsize, at)

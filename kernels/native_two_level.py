@@ -209,7 +209,7 @@ def _packed_codes(codes: Tensor, spec: Spec) -> Tensor:
     assert lib is not None
     n, groups = codes.shape
     width, per = spec.scale_code[0], SUPER // spec.group
-    out = torch.empty(-(-n // native.ROWS) * native.ROWS * groups * width // 8, dtype=torch.uint8)
+    out = native.large_pages([-(-n // native.ROWS) * native.ROWS * groups * width // 8])
     lib.bitsmith_pack_levels(codes.contiguous().data_ptr(), n, groups, per, width, out.data_ptr())
     return out
 

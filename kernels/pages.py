@@ -1,26 +1,58 @@
-"""Tensors on pages of 2 MB."""
+"""Tensors on pages of 2 MB: read in order, a tenth to a quarter more bandwidth than on those of 4 KB.
 
+They are cut from pieces of memory that neighbours share, or the ends of codes and all scales, a quarter of the bytes of
+a 1.1 B model in 4 bits, would lie on small pages.
+"""
+
+import math
 import mmap
+from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 _PAGE = 2 << 20
+_PIECE = 64 << 20
+# A tensor begins with a cache line.
+_LINE = 64
+
+_lock = Lock()
+# What is left of pieces: memory, offset, bytes. Those that grew too small to be of use go first.
+_rests: list[tuple[mmap.mmap, int, int]] = []
+_MOST_RESTS = 8
 
 
-def large_pages(size: int) -> Tensor:
-    """uint8 [size], uninitialized, on pages of 2 MB as far as it fills them: a quarter more bandwidth than on 4 KB."""
-    if size < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    # Private: shared memory has a switch of its own for large pages.
-    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _PAGE
-    # What lies behind the last whole page stays on small ones, so that nothing is resident beyond the weight.
-    memory.madvise(mmap.MADV_HUGEPAGE, start, size // _PAGE * _PAGE)
-    return whole[start : start + size]
+def large_pages(shape: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
+    """[*shape], uninitialized. Its piece of memory is freed with the last tensor in it."""
+    count = math.prod(shape)
+    if not count or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(*shape, dtype=dtype)
+    memory, offset = _take(count * dtype.itemsize)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(*shape)
 
 
 def on_large_pages(t: Tensor) -> Tensor:
     """A contiguous copy of `t`."""
-    return large_pages(t.numel() * t.element_size()).view(t.dtype).view(t.shape).copy_(t)
+    return large_pages(t.shape, t.dtype).copy_(t)
+
+
+def _take(size: int) -> tuple[mmap.mmap, int]:
+    with _lock:
+        at = next((i for i, (_, _, left) in enumerate(_rests) if left >= size), None)
+        memory, offset, left = _piece(size) if at is None else _rests.pop(at)
+        used = -(-size // _LINE) * _LINE
+        if left > used:
+            _rests.append((memory, offset + used, left - used))
+            _rests.sort(key=lambda rest: rest[2])
+            del _rests[:-_MOST_RESTS]
+    return memory, offset
+
+
+def _piece(size: int) -> tuple[mmap.mmap, int, int]:
+    size = -(-max(size, _PIECE) // _PAGE) * _PAGE
+    # Private: shared memory has a switch of its own for large pages.
+    memory = mmap.mmap(-1, size + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
+    memory.madvise(mmap.MADV_HUGEPAGE, start, size)
+    return memory, start, size
