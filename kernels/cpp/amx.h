@@ -42,7 +42,9 @@ BITSMITH_AMX_INLINE void decode(const Weight& w, const avx512::Table<BITS>& tabl
     for (int64_t half = 0; half < 2; ++half) {
       __m512i v[8];
       if (kb < k_blocks) {
-        avx512::unpack<BITS>(w.block(std::min(nb + half, last_block), kb), v);
+        const uint8_t* codes = w.block(std::min(nb + half, last_block), kb);
+        if constexpr (BITS < 8) avx512::ahead<BITS>(codes);
+        avx512::unpack<BITS>(codes, v);
       } else {
         for (auto& one : v) one = _mm512_setzero_si512();
       }

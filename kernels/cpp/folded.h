@@ -34,7 +34,9 @@ BITSMITH_AMX_INLINE void decode(const Weight& w, const avx512::Table<BITS>& tabl
         avx512::scales16(w, std::min(nb + half, last_block), group, groups, scale, zero);
       }
       __m512i v[8];
-      avx512::unpack<BITS>(w.block(std::min(nb + half, last_block), kb), v);
+      const uint8_t* codes = w.block(std::min(nb + half, last_block), kb);
+      if constexpr (BITS < 8) avx512::ahead<BITS>(codes);
+      avx512::unpack<BITS>(codes, v);
       for (int j = 0; j < 8; ++j) {
         __m512 value[4];
         if constexpr (KIND == INT8) {
