@@ -14,15 +14,16 @@ inline bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Asks for the block 2 KB further on. Where products come between the blocks the hardware falls behind (two cores of Zen 4, 5632 x 2048, 8 rows: Q4_K
-// 0.42 -> 0.30 ms, Q8_0 0.69 -> 0.48). Where one row keeps up with it this gets in its way (all products of a step of 1.1 B, times what only reading
-// them takes: Q4_K_M 1.12 so and 1.01 without, 4-bit GPTQ 1.31 and 1.02), but for the many codes of 2 bits (Q2_K 107 -> 95 us).
-template <int BITS>
-BITSMITH_512_INLINE void ahead(const uint8_t* p) {
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + 2048 + 64 * j), _MM_HINT_T0);
-}
+// Asks for the codes further on, as a product of MR rows needs it (two cores of Zen 4). Where rows come between the blocks the hardware falls behind
+// (5632 x 2048, 8 rows: Q4_K 0.42 -> 0.30 ms, Q8_0 0.69 -> 0.48). One row keeps up with it, and asking gets in its way (all products of a step of
+// 1.1 B, times what only reading them takes: Q4_K_M 1.12 so and 1.01 without, 4-bit GPTQ 1.31 and 1.02), but for many codes of 2 bits (Q2_K 107 ->
+// 95 us) and for bytes, as far ahead as the second-level cache is for (a step's products in Q8_0 38.7 -> 27.2 ms).
 template <int BITS, int MR>
-constexpr bool ASKS = BITS < 3 || MR > 1;
+BITSMITH_512_INLINE void ahead(const uint8_t* p) {
+  constexpr bool ROW = MR == 1 && BITS == 8;
+  if constexpr (BITS >= 3 && MR == 1 && !ROW) return;
+  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + (ROW ? 8192 : 2048) + 64 * j), ROW ? _MM_HINT_T1 : _MM_HINT_T0);
+}
 
 // The eight byte vectors of a block.
 template <int BITS>
@@ -179,7 +180,7 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
       }
       for (int64_t kb = c * per; kb < stop; ++kb, p += 64 * BITS) {
         __m512i v[8];
-        if constexpr (ASKS<BITS, MR>) ahead<BITS>(p);
+        ahead<BITS, MR>(p);
         unpack<BITS>(p, v);
         for (int m = 0; m < MR; ++m) {
           const int8_t* row = x.q.data() + (m0 + m) * x.stride + kb * BLOCK;
@@ -201,7 +202,7 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
         for (int l = 0; l < LANES; ++l) acc[m][l] = _mm512_setzero_ps();
       for (int64_t kb = c * per; kb < stop; ++kb, p += 64 * BITS) {
         __m512i v[8];
-        if constexpr (BITS < 8) ahead<BITS>(p);
+        if constexpr (BITS < 8) ahead<BITS, 2>(p);
         unpack<BITS>(p, v);
         for (int j = 0; j < 8; ++j) {
           __m512i pair[2];
@@ -267,7 +268,7 @@ BITSMITH_512_INLINE void tile(const uint8_t* record, const uint8_t* codes, const
     for (int m = 0; m < MR; ++m) acc[m] = by.whole ? spread(of_chunk + 4 * m) : _mm512_setzero_si512();
     for (int64_t b = first; b < (PER == 1 ? first + 1 : std::min(first + PER, blocks)); ++b) {
       __m512i v[8];
-      ahead<BITS>(codes + b * 64 * BITS);
+      ahead<BITS, MR>(codes + b * 64 * BITS);
       unpack<BITS>(codes + b * 64 * BITS, v);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j)
