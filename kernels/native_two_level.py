@@ -24,9 +24,9 @@ from .qtensor import QTensor
 from .spec import Spec
 
 SUPER = 256
-# (bits, group, bits of a scale's code): what vectors of two_level.h and neon_two_level.h are compiled for, and there
-# with the table.
-_FORMS = {(2, 16, 4), (3, 16, 6), (4, 32, 6), (5, 32, 6), (6, 16, 8)}
+# (bits, group, bits of a scale's code) -> whether there are mins: what vectors of two_level.h, two_level512.h and
+# neon_two_level.h are compiled for, and below with the table.
+_FORMS = {(2, 16, 4): True, (3, 16, 6): False, (4, 32, 6): True, (5, 32, 6): True, (6, 16, 8): False}
 _TABLE_FORMS = {(4, 32, 6)}
 # (group, scale) of FP4 -> the processors on which it is taken.
 _FLOAT_FORMS = {(16, "ue4m3"): ("avx512", "amx"), (32, "e8m0"): ("avx512",)}
@@ -120,7 +120,8 @@ def _two_levels(q: QTensor) -> bool:
     form = (spec.bits, spec.group, spec.scale_code[0])
     if spec.family == "codebook":
         return spec.table == "iq4nl" and form in _TABLE_FORMS
-    return spec.family == "affine" and spec.zero in ("min", "sym", "one", "none") and form in _FORMS
+    zeros = ("min",) if _FORMS.get(form) else ("sym", "one", "none")
+    return spec.family == "affine" and form in _FORMS and spec.zero in zeros
 
 
 def _float_scales(q: QTensor) -> bool:

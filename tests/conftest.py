@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from bitsmith.kernels import pages
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -57,7 +58,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every buffer starts as NaN or 0x55, so an output left unwritten shows."""
+    """Every buffer starts as NaN, 0x55 or 0xFF, so an output left unwritten shows."""
     # What `with torch.device` redirects torch collects at first use, for good: not the function below.
     with torch.device("cpu"):
         torch.empty(0)
@@ -68,6 +69,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return found.fill_(float("nan")) if found.dtype.is_floating_point else found.fill_(0x55)
 
     monkeypatch.setattr(torch, "empty", empty)
+    piece = pages._take
+
+    def take(size: int) -> tuple[Any, int]:
+        memory, offset = piece(size)
+        memory[offset : offset + size] = bytes([0xFF]) * size
+        return memory, offset
+
+    monkeypatch.setattr(pages, "_take", take)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,14 @@ def test_repeats_with_new_contents(function: Callable[[Tensor], Tensor]) -> None
         assert torch.equal(recording(), function(x))
 
 
+def test_results_are_written_where_they_lie() -> None:
+    x = torch.randn(16)
+    recording = record(lambda: torch.cat([x * 2, x.cos()]).to(torch.bfloat16).topk(4).values)
+    names = [str(getattr(call, "func", call)) for call in recording.calls]
+    assert [n.startswith("aten.") and n.endswith("out") for n in names] == [True, True, True, False, False]
+    assert "copy_" in names[3] and "_again" in names[4]
+
+
 @pytest.mark.skipif(not native_layer._library(), reason="the sum is the native library's")
 def test_a_residual_is_added_by_the_library() -> None:
     a, b = torch.randn(2, 3, 70_001).bfloat16()

@@ -177,8 +177,8 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
 // Parts of the rows one after the other: rounds their activations (`wide`: and records them), then rows(activations, nb, y of the part) for
 // each block of 16 outputs.
 template <class Rows>
-void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&), [[maybe_unused]] bool wide,
-                       const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
+                       [[maybe_unused]] bool wide, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -308,12 +308,12 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  bool tiles = false;
+  bool wide = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    tiles = path != AVX2 && avx512::supported();
-    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
-    rows = tiles ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
+    wide = path != AVX2 && avx512::supported();
+    prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
 #elif BITSMITH_NEON
   if (path < 0) path = best_path();
@@ -322,7 +322,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(w, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
@@ -334,16 +334,16 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  bool tiles = false;
+  bool wide = false;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    tiles = path != AVX2 && avx512::supported();
-    if (tiles) as.zero = grids::BIAS;
-    prepare = tiles ? two_level::wide::prepare : two_level::vectors::prepare;
-    rows = tiles ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
+    wide = path != AVX2 && avx512::supported();
+    if (wide) as.zero = grids::BIAS;
+    prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
+    rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  two_level_product(as, prepare, tiles, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(as, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 

@@ -1,6 +1,5 @@
 // The products of two_level.h with AVX-512's dot products: four inputs at once into 32 bits, then the integer scale. The integers are those of
-// `two_level::rows`; float32 sums may differ in their order. Up to 8 rows unpack codes into registers (5632 x 2048 of Q4_K, 8 rows, Zen 4: 0.38 ms,
-// by way of memory 0.56), more rows unpack them once for all.
+// `two_level::rows`; float32 sums may differ in their order.
 #pragma once
 #include "avx512.h"
 #include "two_level.h"
@@ -45,7 +44,7 @@ BITSMITH_512_INLINE void scales(const Weight& w, int64_t at, Scales& out) {
     out.mins[g / 2] = _mm512_or_si512(sub_code16<SUB>(mins, g), _mm512_slli_epi32(sub_code16<SUB>(mins, g + 1), 16));
 }
 
-// What no group has where its weight has mins: a start of its own.
+// Whether weights of this kind have mins: native_two_level.py brings no others.
 template <int BITS, int SUB, bool TABLE>
 constexpr bool MINS = SUB != 0 && !TABLE && (BITS == 2 || BITS == 4 || BITS == 5);
 
