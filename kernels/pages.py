@@ -6,6 +6,7 @@ a 1.1 B model in 4 bits, would lie on small pages.
 
 import math
 import mmap
+import weakref
 from collections.abc import Sequence
 from threading import Lock
 
@@ -18,8 +19,8 @@ _PIECE = 64 << 20
 _LINE = 64
 
 _lock = Lock()
-# What is left of pieces: memory, offset, bytes. Those that grew too small to be of use go first.
-_rests: list[tuple[mmap.mmap, int, int]] = []
+# What is left of pieces, which it does not keep alive: memory, offset, bytes. The smallest go first.
+_rests: list[tuple[weakref.ref[mmap.mmap], int, int]] = []
 _MOST_RESTS = 8
 
 
@@ -39,11 +40,18 @@ def on_large_pages(t: Tensor) -> Tensor:
 
 def _take(size: int) -> tuple[mmap.mmap, int]:
     with _lock:
+        _rests[:] = [rest for rest in _rests if rest[0]() is not None]
         at = next((i for i, (_, _, left) in enumerate(_rests) if left >= size), None)
-        memory, offset, left = _piece(size) if at is None else _rests.pop(at)
+        rest = None if at is None else _rests.pop(at)
+        memory = rest and rest[0]()
+        # The last tensor of a piece may have gone since it was looked at.
+        if rest is None or memory is None:
+            memory, offset, left = _piece(size)
+        else:
+            _, offset, left = rest
         used = -(-size // _LINE) * _LINE
         if left > used:
-            _rests.append((memory, offset + used, left - used))
+            _rests.append((weakref.ref(memory), offset + used, left - used))
             _rests.sort(key=lambda rest: rest[2])
             del _rests[:-_MOST_RESTS]
     return memory, offset

@@ -36,7 +36,7 @@ struct Weight {
 struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
-  std::vector<uint8_t> records;     // of two_level512.h
+  std::vector<uint8_t> records;  // of two_level512.h
   std::vector<float> step;     // [m][chunks]
   std::vector<int16_t> sums;   // [m][k / 16]
   std::vector<int16_t> group_sums;  // of two_level512.h: [m][k / group]
