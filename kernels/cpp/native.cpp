@@ -13,6 +13,7 @@
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
+#include "grids256.h"
 #include "grids512.h"
 #include "layer.h"
 #include "neon.h"
@@ -339,7 +340,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   if (path != GENERIC) {
     wide = path != AVX2 && avx512::supported();
     if (wide) as.zero = grids::BIAS;
-    prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
+    prepare = wide ? two_level::wide::prepare : grids::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
