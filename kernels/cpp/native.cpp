@@ -340,7 +340,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   if (path != GENERIC) {
     wide = path != AVX2 && avx512::supported();
     if (wide) as.zero = grids::BIAS;
-    prepare = wide ? two_level::wide::prepare : grids::vectors::prepare;
+    prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
