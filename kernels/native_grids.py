@@ -1,5 +1,6 @@
 """Products of the native library for codes that are indices and signs of a named grid (kernels/grids.py; GGUF's IQ1,
-IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h (AVX2), grids512.h (AVX-512).
+IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h, grids256.h (AVX2), grids512.h
+(AVX-512), neon_grids.h.
 
 The QTensor is read as it is: nothing is packed, and nothing is kept beside it but the grid.
 """
@@ -57,7 +58,7 @@ class GridLinear:
     def __call__(self, x: Tensor, path: str = "") -> Tensor:
         """x [M, K] contiguous, float32, bfloat16 or float16 -> [M, N] in x's dtype.
 
-        path: "generic" for the plain loops that define the result, for tests.
+        path: "generic" for the plain loops that define the result, "avx2" for what a lesser machine takes; for tests.
         """
         if path:
             return _linear(x, self._header, self._tensors, self.q.shape[0], native.PATHS.index(path))
@@ -69,7 +70,7 @@ class GridLinear:
 
 
 def supports(q: QTensor) -> bool:
-    """Whether `pack` can take `q` on this machine (which must have AVX2) and int8 activations are allowed."""
+    """Whether `pack` can take `q` on this machine and int8 activations are allowed."""
     spec = q.spec
     level = spec.two_level
     if spec.table not in GRIDS or level is None or spec.rows != 1 or spec.view or q.shape[1] % SUPER:
@@ -77,7 +78,7 @@ def supports(q: QTensor) -> bool:
     whole = (
         level[0] == "f16" and spec.group * level[1] == SUPER and (spec.table, spec.group, spec.scale_code[0]) in _FORMS
     )
-    return whole and native.best_path() in ("avx2", "avx512", "amx") and native.int8_activations()
+    return whole and native.best_path() not in ("", "generic") and native.int8_activations()
 
 
 def pack(q: QTensor) -> GridLinear:

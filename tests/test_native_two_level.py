@@ -33,8 +33,6 @@ def random_qtensor(name: str, shape: tuple[int, int]) -> QTensor:
 
 def pack(q: QTensor) -> native_two_level.TwoLevelLinear | native_grids.GridLinear:
     """The one product that takes `q`."""
-    if q.spec.table in native_grids.GRIDS and native.best_path().startswith("neon"):
-        pytest.skip(f"{q.spec} has no NEON product")
     assert native_two_level.supports(q) != native_grids.supports(q)
     return native_two_level.pack(q) if native_two_level.supports(q) else native_grids.pack(q)
 

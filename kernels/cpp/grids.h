@@ -30,6 +30,14 @@ struct Weight {
   int32_t width, group;
 };
 
+// Tables made when compiling: f(i) for each byte.
+template <int SIZE, class F>
+constexpr std::array<uint8_t, SIZE> bytes_of(F f) {
+  std::array<uint8_t, SIZE> out{};
+  for (int i = 0; i < SIZE; ++i) out[static_cast<size_t>(i)] = static_cast<uint8_t>(f(i));
+  return out;
+}
+
 // What is known of a grid's codes when compiling: GridCode of kernels/spec.py.
 template <int INDEX_BITS_, int INDICES_, int SIGNS_, int GROUP_, int SCALE_BITS_, bool GROUP_SHIFT_ = false>
 struct Form {

@@ -11,18 +11,11 @@ constexpr int32_t HALF_BIAS = 64;
 
 using Bytes = std::array<uint8_t, 32>;
 
-template <class F>
-constexpr Bytes bytes_of(F f) {
-  Bytes out{};
-  for (int i = 0; i < 32; ++i) out[static_cast<size_t>(i)] = static_cast<uint8_t>(f(i));
-  return out;
-}
-
 // [a][i]: f(a, i).
 template <class F>
 constexpr std::array<Bytes, 4> four_of(F f) {
-  return {bytes_of([=](int i) { return f(0, i); }), bytes_of([=](int i) { return f(1, i); }), bytes_of([=](int i) { return f(2, i); }),
-          bytes_of([=](int i) { return f(3, i); })};
+  return {bytes_of<32>([=](int i) { return f(0, i); }), bytes_of<32>([=](int i) { return f(1, i); }), bytes_of<32>([=](int i) { return f(2, i); }),
+          bytes_of<32>([=](int i) { return f(3, i); })};
 }
 
 BITSMITH_256_INLINE __m256i load(const void* at) { return _mm256_load_si256(static_cast<const __m256i*>(at)); }
@@ -51,7 +44,7 @@ BITSMITH_256_INLINE __m256i codes8(const uint8_t* p) {
   constexpr int W = F::WIDTH;
   static constexpr auto first = [](int half) { return std::min((8 * PIECE + 4 * half) * W / 8, 4 * W - 16); };
   static constexpr auto bit = [](int i) { return (8 * PIECE + i / 4) * W - 8 * first(i / 16); };
-  static constexpr Bytes FROM = bytes_of([](int i) { return bit(i) / 8 + i % 4; }), DOWN = bytes_of([](int i) { return i % 4 ? 0 : bit(i) % 8; });
+  static constexpr Bytes FROM = bytes_of<32>([](int i) { return bit(i) / 8 + i % 4; }), DOWN = bytes_of<32>([](int i) { return i % 4 ? 0 : bit(i) % 8; });
   const auto half = [&](int i) { return reinterpret_cast<const __m128i*>(p + first(i)); };
   return _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_loadu2_m128i(half(1), half(0)), load(FROM)), load(DOWN));
 }
@@ -73,7 +66,7 @@ BITSMITH_256_INLINE void read(const uint8_t* codes, Codes<F>& to) {
   read_piece<F, 0>(codes, to, rest), read_piece<F, 1>(codes, to, rest), read_piece<F, 2>(codes, to, rest), read_piece<F, 3>(codes, to, rest);
   if constexpr (F::SIGNS == 7) {
     // The eighth makes their number even.
-    static constexpr Bytes ODD = bytes_of([](int i) { return (i ^ i >> 1 ^ i >> 2 ^ i >> 3) & 1 ? 128 : 0; });
+    static constexpr Bytes ODD = bytes_of<32>([](int i) { return (i ^ i >> 1 ^ i >> 2 ^ i >> 3) & 1 ? 128 : 0; });
     const __m256i half = _mm256_and_si256(_mm256_xor_si256(rest, _mm256_srli_epi32(rest, 4)), all(15));
     rest = _mm256_or_si256(rest, _mm256_shuffle_epi8(load(ODD), half));
   }
@@ -84,14 +77,11 @@ BITSMITH_256_INLINE void read(const uint8_t* codes, Codes<F>& to) {
 template <class F>
 BITSMITH_256_INLINE __m128i two_vectors(const int8_t* vectors, const uint32_t (&index)[F::INDICES][8], int c) {
   if constexpr (F::INDICES == 1) {
-    const auto* t = reinterpret_cast<const double*>(vectors);
-    return _mm_castpd_si128(_mm_loadh_pd(_mm_load_sd(t + index[0][c]), t + index[0][c + 1]));
+    const auto* t = reinterpret_cast<const int64_t*>(vectors);
+    return _mm_set_epi64x(t[index[0][c + 1]], t[index[0][c]]);
   } else {
-    const auto* t = reinterpret_cast<const float*>(vectors);
-    __m128 found = _mm_load_ss(t + index[0][c]);
-    found = _mm_insert_ps(found, _mm_load_ss(t + index[1][c]), 0x10);
-    found = _mm_insert_ps(found, _mm_load_ss(t + index[0][c + 1]), 0x20);
-    return _mm_castps_si128(_mm_insert_ps(found, _mm_load_ss(t + index[1][c + 1]), 0x30));
+    const auto* t = reinterpret_cast<const int32_t*>(vectors);
+    return _mm_set_epi32(t[index[1][c + 1]], t[index[0][c + 1]], t[index[1][c]], t[index[0][c]]);
   }
 }
 
@@ -124,7 +114,7 @@ BITSMITH_256_INLINE __m128i scales(const uint8_t* p, Numbers& to) {
 
 template <class F>
 BITSMITH_256_INLINE void decode(const int8_t* vectors, const Codes<F>& codes, const uint8_t* scale, Numbers& to) {
-  static constexpr Bytes BIT = bytes_of([](int i) { return 1 << (i % 8); });
+  static constexpr Bytes BIT = bytes_of<32>([](int i) { return 1 << (i % 8); });
   // [piece]: the bytes of `rest` of a vector's codes, and of the vector after it; codes of the scales of its 32 inputs.
   static constexpr auto REST = four_of([](int piece, int i) { return i % 16 / 8 * 4 + piece; });
   static constexpr auto REST2 = four_of([](int piece, int i) { return (i % 16 / 8 + 2) * 4 + piece; });
@@ -150,7 +140,7 @@ BITSMITH_256_INLINE void decode(const int8_t* vectors, const Codes<F>& codes, co
   }
 }
 
-// What the 16 outputs after these will read in its place: more streams than the hardware follows (one row, ).
+// What the 16 outputs after these will read in this place: more streams than the hardware follows (one row: half the time).
 template <class F>
 BITSMITH_256_INLINE void ahead(const uint8_t* codes, const uint8_t* scales, int64_t r) {
   constexpr int64_t LINES = (F::GROUPS * F::SCALE_BITS / 8 * ROWS + 63) / 64;

@@ -1,8 +1,6 @@
 // The products of grids.h with AVX-512. A super block of 16 outputs becomes bytes in the order of two_level512.h, whose products they then
 // are; codes of 16 rows, not their numbers, are brought side by side. Sums are those of `grids::rows`, exactly.
 #pragma once
-#include <array>
-
 #include "grids.h"
 #include "two_level512.h"
 
@@ -13,13 +11,6 @@ using two_level::wide::Scales;
 using Bytes = std::array<uint8_t, 64>;
 
 BITSMITH_512_INLINE __m512i load(const Bytes& bytes) { return _mm512_loadu_si512(bytes.data()); }
-
-template <class F>
-constexpr Bytes bytes_of(F f) {
-  Bytes out{};
-  for (int i = 0; i < 64; ++i) out[static_cast<size_t>(i)] = static_cast<uint8_t>(f(i));
-  return out;
-}
 
 // v[i] lane j <-> v[j] lane i.
 BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
@@ -43,8 +34,8 @@ BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
 // 16 codes, which are whole bytes together, in a lane each.
 template <class F>
 BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
-  static constexpr Bytes FROM = bytes_of([](int i) { return i / 4 * F::WIDTH / 8 + i % 4; });
-  static constexpr Bytes DOWN = bytes_of([](int i) { return i % 4 ? 0 : i / 4 * F::WIDTH % 8; });
+  static constexpr Bytes FROM = bytes_of<64>([](int i) { return i / 4 * F::WIDTH / 8 + i % 4; });
+  static constexpr Bytes DOWN = bytes_of<64>([](int i) { return i % 4 ? 0 : i / 4 * F::WIDTH % 8; });
   constexpr __mmask64 HAVE = (1ull << (2 * F::WIDTH)) - 1;
   return _mm512_srlv_epi32(_mm512_permutexvar_epi8(load(FROM), _mm512_maskz_loadu_epi8(HAVE, p)), load(DOWN));
 }
@@ -68,10 +59,10 @@ constexpr int TOGETHER = 4 / F::INDICES;
 template <class F>
 BITSMITH_512_INLINE __m512i two_indices(const __m512i* code) {
   if constexpr (F::INDICES == 1) {
-    static constexpr Bytes FROM = bytes_of([](int i) { return i % 2 * 64 + i / 4 * 4 + i % 4 / 2; });
+    static constexpr Bytes FROM = bytes_of<64>([](int i) { return i % 2 * 64 + i / 4 * 4 + i % 4 / 2; });
     return _mm512_permutex2var_epi8(code[0], load(FROM), code[1]);
   } else {
-    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + i % 2 * F::INDEX_BITS + i % 4 / 2 * 8; });
+    static constexpr Bytes FROM = bytes_of<64>([](int i) { return i % 8 / 4 * 32 + i % 2 * F::INDEX_BITS + i % 4 / 2 * 8; });
     return _mm512_multishift_epi64_epi8(load(FROM), code[0]);
   }
 }
@@ -91,10 +82,10 @@ BITSMITH_512_INLINE void halves(const Weight& w, const __m512i* code, __m512i (&
 template <class F, int AT, int QUAD>
 BITSMITH_512_INLINE __m512i numbers(const __m512i (&halves)[2], __m512i table) {
   if constexpr (F::INDICES == 1) {
-    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + 8 * AT + i % 4 * 2; });
+    static constexpr Bytes FROM = bytes_of<64>([](int i) { return i % 8 / 4 * 32 + 8 * AT + i % 4 * 2; });
     return _mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(load(FROM), halves[QUAD]), table);
   } else {
-    static constexpr Bytes FROM = bytes_of([](int i) { return i % 8 / 4 * 32 + 8 * (2 * AT + QUAD) + i % 2 * 3; });
+    static constexpr Bytes FROM = bytes_of<64>([](int i) { return i % 8 / 4 * 32 + 8 * (2 * AT + QUAD) + i % 2 * 3; });
     const __m512i first = _mm512_multishift_epi64_epi8(load(FROM), halves[0]);
     return _mm512_permutexvar_epi8(_mm512_mask_multishift_epi64_epi8(first, 0xcccccccccccccccc, load(FROM), halves[1]), table);
   }
@@ -107,7 +98,7 @@ constexpr uint8_t even(int bits) { return static_cast<uint8_t>(bits | (bits ^ bi
 template <class F, int QUAD>
 BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
   // Each byte's own bit at its top. 128 + v and 128 - v are opposite bytes.
-  static constexpr Bytes FROM = bytes_of([](int i) { return (i % 8 / 4 * 32 + F::PLACE / 8 * 8 + (F::SIGNS == 8 ? F::PLACE % 8 : 0) + 4 * QUAD + i % 4 + 57) % 64; });
+  static constexpr Bytes FROM = bytes_of<64>([](int i) { return (i % 8 / 4 * 32 + F::PLACE / 8 * 8 + (F::SIGNS == 8 ? F::PLACE % 8 : 0) + 4 * QUAD + i % 4 + 57) % 64; });
   const __mmask64 negative = _mm512_movepi8_mask(_mm512_multishift_epi64_epi8(load(FROM), signs));
   return _mm512_mask_sub_epi8(numbers, negative, _mm512_setzero_si512(), numbers);
 }
@@ -115,7 +106,7 @@ BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
 template <class F>
 BITSMITH_512_INLINE __m512i signs_of(__m512i code) {
   if constexpr (F::SIGNS != 7) return code;
-  static constexpr Bytes LOW = bytes_of([](int i) { return even(i); }), HIGH = bytes_of([](int i) { return even(i + 64); });
+  static constexpr Bytes LOW = bytes_of<64>([](int i) { return even(i); }), HIGH = bytes_of<64>([](int i) { return even(i + 64); });
   return _mm512_permutex2var_epi8(load(LOW), _mm512_srli_epi32(code, F::PLACE % 8), load(HIGH));
 }
 

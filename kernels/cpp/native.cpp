@@ -17,6 +17,7 @@
 #include "grids512.h"
 #include "layer.h"
 #include "neon.h"
+#include "neon_grids.h"
 #include "neon_two_level.h"
 #include "pack.h"
 #include "pool.h"
@@ -342,6 +343,12 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
     if (wide) as.zero = grids::BIAS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
+  }
+#elif BITSMITH_NEON
+  if (path < 0) path = best_path();
+  if (path != GENERIC) {
+    prepare = two_level::neon::prepare;
+    rows = path == NEON ? grids::neon::rows_of<grids::neon::Widen>(w) : grids::neon::rows_of<grids::neon::Dot>(w);
   }
 #endif
   two_level_product(as, prepare, wide, x, x_dtype, m, y, y_dtype, threads,

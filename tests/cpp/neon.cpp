@@ -40,7 +40,8 @@ struct Case {
   int64_t scale_rows = 1;
 };
 
-std::vector<uint32_t> stream_of(const std::vector<uint8_t>& codes, int64_t n, int64_t k, int32_t bits) {
+template <class Code>
+std::vector<uint32_t> stream_of(const std::vector<Code>& codes, int64_t n, int64_t k, int32_t bits) {
   const int64_t words = (k * bits + 31) / 32;
   std::vector<uint32_t> stream(static_cast<size_t>(n * words));
   for (int64_t r = 0; r < n; ++r)
@@ -172,6 +173,25 @@ std::vector<Case> cases() {
   return found;
 }
 
+template <class Product>
+double largest_error(const Product& product, const std::vector<double>& wanted, const std::vector<double>& size, const std::vector<int32_t>& paths,
+                     const char* name) {
+  double most = 0;
+  for (const int32_t path : paths) {
+    std::vector<float> y(wanted.size(), NAN);
+    product(y.data(), path);
+    for (size_t i = 0; i < y.size(); ++i) {
+      const double error = std::fabs(y[i] - wanted[i]) / size[i];
+      if (!(error < 1e-6)) {
+        std::printf("path %d, output %zu: %g, wanted %g\n", path, i, y[i], wanted[i]);
+        fail("wrong product", name);
+      }
+      most = std::max(most, error);
+    }
+  }
+  return most;
+}
+
 struct TwoLevel {
   int32_t bits, sub_bits;
   int64_t group;
@@ -228,20 +248,64 @@ double compare(const TwoLevel& f, int64_t n, int64_t k, int64_t rows, bool extre
         size[m * n + r] += std::fabs(in[i]) * (std::fabs(value * by) + std::fabs(low));
       }
   }
-  double most = 0;
-  for (const int32_t path : paths) {
-    std::vector<float> y(wanted.size(), NAN);
-    bitsmith_two_level_linear(&w, x.data(), F32, rows, y.data(), F32, 2, path);
-    for (size_t i = 0; i < y.size(); ++i) {
-      const double error = std::fabs(y[i] - wanted[i]) / size[i];
-      if (!(error < 1e-6)) {
-        std::printf("path %d, output %zu: %g, wanted %g\n", path, i, y[i], wanted[i]);
-        fail("wrong product", name);
+  const auto product = [&](float* y, int32_t path) { bitsmith_two_level_linear(&w, x.data(), F32, rows, y, F32, 2, path); };
+  return largest_error(product, wanted, size, paths, name);
+}
+
+// Codes of a named grid: as grids::Form.
+struct Grid {
+  int32_t index_bits, indices, signs;
+  int64_t group;
+  int32_t scale_bits;
+  bool group_shift;
+
+  int32_t width() const { return index_bits * indices + signs + (signs == 0 && !group_shift); }
+};
+
+double compare(const Grid& f, int64_t n, int64_t k, int64_t rows, const std::vector<int32_t>& paths) {
+  char name[80];
+  std::snprintf(name, sizeof name, "grid of %d bits, %ld rows", f.width(), static_cast<long>(rows));
+  const int64_t groups = k / f.group, each = 8 / f.indices;
+  const auto random_codes = [](int64_t count, int32_t bits) {
+    std::vector<uint32_t> found(static_cast<size_t>(count));
+    for (auto& c : found) c = generator() & ((1u << bits) - 1);
+    return found;
+  };
+  const std::vector<uint32_t> codes = random_codes(n * k / 8, f.width()), scale = random_codes(n * groups, f.scale_bits);
+  const std::vector<uint32_t> stream = stream_of(codes, n, k / 8, f.width()), scales = stream_of(scale, n, groups, f.scale_bits);
+  std::vector<int8_t> vectors(static_cast<size_t>(each << (f.index_bits + (f.signs == 0))));
+  for (auto& v : vectors) v = static_cast<int8_t>(1 + generator() % 62);
+  std::vector<uint8_t> signs(static_cast<size_t>(8 << f.signs));
+  const auto negative = [&](uint32_t bits, int64_t i) { return (i < f.signs ? bits >> i : static_cast<uint32_t>(__builtin_popcount(bits))) & 1; };
+  for (size_t i = 0; i < signs.size(); ++i) signs[i] = negative(static_cast<uint32_t>(i / 8), i % 8) ? 255 : 0;
+  std::vector<float> factors(static_cast<size_t>(n * k / two_level::SUPER)), x(static_cast<size_t>(rows * k));
+  for (auto& v : factors) v = uniform(-0.02f, 0.02f);
+  for (auto& v : x) v = uniform(-1.0f, 1.0f);
+  const Stored super(factors, F16);
+
+  grids::Weight w{};
+  w.codes = stream.data(), w.scales = scales.data(), w.supers = reinterpret_cast<const uint16_t*>(super.bytes.data());
+  w.vectors = vectors.data(), w.signs = signs.data(), w.n = n, w.k = k, w.unit = 0.5f;
+  w.words = k / 8 * f.width() / 32, w.scale_words = groups * f.scale_bits / 32;
+  w.width = f.width(), w.group = static_cast<int32_t>(f.group);
+  std::vector<double> wanted(static_cast<size_t>(rows * n)), size(wanted.size());
+  for (int64_t m = 0; m < rows; ++m) {
+    const std::vector<double> in = rounded(x, m, k, two_level::CHUNK);
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t i = 0; i < k; ++i) {
+        const uint32_t code = codes[r * (k / 8) + i / 8], level = scale[r * groups + i / f.group], top = level >> (f.scale_bits - 1);
+        uint32_t index = code >> (i % 8 / each * f.index_bits) & ((1u << f.index_bits) - 1);
+        if (f.signs == 0) index |= (f.group_shift ? top : code >> f.index_bits) << f.index_bits;
+        const bool minus = f.signs && negative(code >> (f.index_bits * f.indices) & ((1u << f.signs) - 1), i % 8);
+        const uint32_t by = 2 * (f.group_shift ? level - (top << (f.scale_bits - 1)) : level) + 1;
+        const double number = vectors[index * each + i % each] * (minus ? -1 : 1);
+        const double value = number * by * 0.5 * super.value[r * (k / two_level::SUPER) + i / two_level::SUPER];
+        wanted[m * n + r] += in[i] * value;
+        size[m * n + r] += std::fabs(in[i] * value);
       }
-      most = std::max(most, error);
-    }
   }
-  return most;
+  const auto product = [&](float* y, int32_t path) { bitsmith_grids_linear(&w, x.data(), F32, rows, y, F32, 2, path); };
+  return largest_error(product, wanted, size, paths, name);
 }
 
 }  // namespace
@@ -259,6 +323,9 @@ int main() {
                             {5, 6, 32, true, false}, {6, 8, 16, false, false}})
     for (const int64_t rows : {1, 2, 3, 7})
       for (const bool extreme : {false, true}) most = std::max(most, compare(f, 19, 512, rows, extreme, paths)), ++count;
+  for (const Grid& f : {Grid{11, 1, 0, 32, 4, true}, {11, 1, 0, 16, 3, false}, {8, 1, 7, 32, 4, false}, {9, 1, 7, 16, 4, false},
+                        {10, 1, 8, 16, 4, false}, {8, 2, 7, 32, 4, false}, {9, 2, 8, 32, 4, false}})
+    for (const int64_t rows : {1, 3}) most = std::max(most, compare(f, 19, 512, rows, paths)), ++count;
   std::printf("%d %zu %g\n", bitsmith_path(), count * paths.size(), most);
   return 0;
 }
