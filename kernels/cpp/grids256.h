@@ -42,11 +42,12 @@ template <class F, int PIECE>
 BITSMITH_256_INLINE __m256i codes8(const uint8_t* p) {
   // Sixteen bytes that hold four codes, never beyond those of the super block.
   constexpr int W = F::WIDTH;
-  static constexpr auto first = [](int half) { return std::min((8 * PIECE + 4 * half) * W / 8, 4 * W - 16); };
+  static constexpr auto first = [](int half) { return std::min((8 * PIECE + (W > 16 ? 4 * half : 0)) * W / 8, 4 * W - 16); };
   static constexpr auto bit = [](int i) { return (8 * PIECE + i / 4) * W - 8 * first(i / 16); };
   static constexpr Bytes FROM = bytes_of<32>([](int i) { return bit(i) / 8 + i % 4; }), DOWN = bytes_of<32>([](int i) { return i % 4 ? 0 : bit(i) % 8; });
-  const auto half = [&](int i) { return reinterpret_cast<const __m128i*>(p + first(i)); };
-  return _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_loadu2_m128i(half(1), half(0)), load(FROM)), load(DOWN));
+  const auto half = [&](int i) __attribute__((always_inline)) BITSMITH_256 { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + first(i))); };
+  const __m256i bytes = W > 16 ? _mm256_set_m128i(half(1), half(0)) : _mm256_broadcastsi128_si256(half(0));
+  return _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, load(FROM)), load(DOWN));
 }
 
 template <class F, int PIECE>
