@@ -152,18 +152,10 @@ namespace vectors {
 BITSMITH_256_INLINE void side_by_side(const int8_t (*from)[SUPER], uint8_t* to) {
   for (int64_t r = 0; r < ROWS; r += 8)
     for (int64_t i = 0; i < SUPER; i += 32) {
-      __m256i v[8], t[8];
+      __m256i v[8];
       for (int j = 0; j < 8; ++j) v[j] = avx2::word(reinterpret_cast<const uint8_t*>(from[r + j] + i));
-      for (int j = 0; j < 8; j += 2) t[j] = _mm256_unpacklo_epi32(v[j], v[j + 1]), t[j + 1] = _mm256_unpackhi_epi32(v[j], v[j + 1]);
-      for (int j = 0; j < 8; j += 4)
-        for (int h = 0; h < 2; ++h) {
-          v[j + 2 * h] = _mm256_unpacklo_epi64(t[j + h], t[j + h + 2]);
-          v[j + 2 * h + 1] = _mm256_unpackhi_epi64(t[j + h], t[j + h + 2]);
-        }
-      for (int j = 0; j < 8; ++j) {
-        const __m256i eight = j < 4 ? _mm256_permute2x128_si256(v[j], v[j + 4], 0x20) : _mm256_permute2x128_si256(v[j - 4], v[j], 0x31);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), eight);
-      }
+      avx2::transpose(v);
+      for (int j = 0; j < 8; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), v[j]);
     }
 }
 

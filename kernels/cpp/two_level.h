@@ -51,7 +51,7 @@ inline void shape(const Weight& w, int64_t m, Input& x) {
   const auto grow = [](auto& v, int64_t size) {
     if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
   };
-  grow(x.q, m * x.stride);
+  grow(x.q, (m + TILE - 1) / TILE * TILE * x.stride);
   grow(x.step, m * w.chunks());
   grow(x.sums, m * (w.k / 16));
   grow(x.group_sums, m * (w.k / 16));

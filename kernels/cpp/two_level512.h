@@ -62,14 +62,24 @@ constexpr bool MINS = SUB != 0 && !TABLE && (BITS == 2 || BITS == 4 || BITS == 5
 
 // One row of activations, and what its groups add to sums of unsigned codes: nothing with mins, else minus the zero point times their sum.
 BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  vectors::prepare(w, x, dtype, row, in);
-  const int64_t groups = w.k / w.group;
+  const int64_t span = w.chunk(), groups = w.k / w.group;
   const int32_t zero = w.mins ? 0 : w.zero + (w.table ? BIAS : 0);
-  const int16_t* sums = in.sums.data() + row * (w.k / 16);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int32_t sum = w.group == 32 ? sums[2 * g] + sums[2 * g + 1] : sums[g];
-    in.group_sums[row * groups + g] = static_cast<int16_t>(sum);
-    in.start[row * groups + g] = -zero * sum;
+  int8_t* q = in.q.data() + row * in.stride;
+  const auto put = [&](int64_t group, int32_t sum) {
+    in.group_sums[row * groups + group] = static_cast<int16_t>(sum);
+    in.start[row * groups + group] = -zero * sum;
+  };
+  for (int64_t s = 0; s < w.chunks(); ++s) {
+    const int64_t at = s * span, count = std::min(span, w.k - at);
+    in.step[row * w.chunks() + s] = avx512::rounded(x, row * w.k + at, dtype, count, count, q + at);
+    for (int64_t i = at; i < at + count; i += 32) {
+      __m256i sums = avx512::fours(q + i);
+      sums = _mm256_hadd_epi32(sums, sums);
+      sums = _mm256_hadd_epi32(sums, sums);
+      const int32_t low = _mm256_extract_epi32(sums, 0), high = _mm256_extract_epi32(sums, 4);
+      if (w.group == 32) put(i / 32, low + high);
+      else put(i / 16, low), put(i / 16 + 1, high);
+    }
   }
 }
 
@@ -83,8 +93,8 @@ constexpr bool recorded(int64_t m) { return m > 4; }
 
 inline void record(const Weight& w, const Input& x, int64_t tile, int64_t s, uint8_t* to) {
   const int64_t span = w.chunk(), groups = w.k / w.group, from = s * span, inputs = std::min(span, w.k - from), first = from / w.group;
+  avx512::place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, inputs / 4, to);
   for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    place(x.q.data() + row * x.stride + from, inputs / 4, to);
     if (w.mins) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + span * TILE);
     else place(x.start.data() + row * groups + first, inputs / w.group, to + span * TILE);
     place(x.step.data() + row * w.chunks() + s, 1, to + record_bytes(span, w.group, w.mins) - TILE * 4);
