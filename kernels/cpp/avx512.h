@@ -354,22 +354,22 @@ BITSMITH_512_INLINE __m512 activations16(const void* x, int64_t at, int32_t dtyp
   return dtype == F16 ? _mm512_cvtph_ps(raw) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
 }
 
-// `count` inputs, whole 16s, of which `there` exist, rounded to int8: their step.
-BITSMITH_512_INLINE float rounded(const void* x, int64_t at, int32_t dtype, int64_t count, int64_t there, int8_t* q) {
+// `count` inputs, whole 32s, of which `there` exist, rounded to int8: their step. each(i, sums of four neighbours of codes i .. i + 31).
+template <class Each>
+BITSMITH_512_INLINE float rounded(const void* x, int64_t at, int32_t dtype, int64_t count, int64_t there, int8_t* q, const Each& each) {
   __m512 largest = _mm512_setzero_ps();
   for (int64_t i = 0; i < count; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(activations16(x, at + i, dtype, there - i)));
   const float peak = _mm512_reduce_max_ps(largest);
   const __m512 inverse = _mm512_set1_ps(peak > 0 ? 127 / peak : 0);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(activations16(x, at + i, dtype, there - i), inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), _mm512_cvtsepi32_epi8(codes));
+  for (int64_t i = 0; i < count; i += 32) {
+    __m128i codes[2];
+    for (int h = 0; h < 2; ++h)
+      codes[h] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(activations16(x, at + i + 16 * h, dtype, there - i - 16 * h), inverse)));
+    const __m256i both = _mm256_set_m128i(codes[1], codes[0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), both);
+    each(i, _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), both));
   }
   return peak / 127;
-}
-
-// Sums of four neighbours each of 32 codes.
-BITSMITH_512_INLINE __m256i fours(const int8_t* q) {
-  return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
 }
 
 // One row of activations, its columns in packed order, into the form the kernels read.
@@ -378,10 +378,9 @@ BITSMITH_512 void prepare(const Weight& w, const void* x, int32_t dtype, int64_t
   for (int64_t c = 0; c < in.chunks; ++c) {
     const int64_t first = c * in.chunk, stop = c + 1 == in.chunks ? in.inputs : first + in.chunk, at = row * in.chunks + c;
     if constexpr (KIND == INT8) {
-      int8_t* q = in.q.data() + row * in.stride + first;
-      in.scale[at] = rounded(x, row * w.k + first, dtype, stop - first, w.k - first, q);
       __m256i codes = _mm256_setzero_si256();
-      for (int64_t i = 0; i < stop - first; i += 32) codes = _mm256_add_epi32(codes, fours(q + i));
+      in.scale[at] = rounded(x, row * w.k + first, dtype, stop - first, w.k - first, in.q.data() + row * in.stride + first,
+                             [&](int64_t, __m256i fours) __attribute__((always_inline)) BITSMITH_512 { codes = _mm256_add_epi32(codes, fours); });
       const int32_t sum = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(codes));
       in.low[at] = w.whole_zero() ? -static_cast<int32_t>(w.zero) * sum : 0;
       in.sum[at] = in.scale[at] * static_cast<float>(sum);

@@ -62,24 +62,20 @@ constexpr bool MINS = SUB != 0 && !TABLE && (BITS == 2 || BITS == 4 || BITS == 5
 
 // One row of activations, and what its groups add to sums of unsigned codes: nothing with mins, else minus the zero point times their sum.
 BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  const int64_t span = w.chunk(), groups = w.k / w.group;
+  const int64_t span = w.chunk(), spans = w.chunks(), shift = w.group == 32 ? 5 : 4;
   const int32_t zero = w.mins ? 0 : w.zero + (w.table ? BIAS : 0);
-  int8_t* q = in.q.data() + row * in.stride;
-  const auto put = [&](int64_t group, int32_t sum) {
-    in.group_sums[row * groups + group] = static_cast<int16_t>(sum);
-    in.start[row * groups + group] = -zero * sum;
-  };
-  for (int64_t s = 0; s < w.chunks(); ++s) {
-    const int64_t at = s * span, count = std::min(span, w.k - at);
-    in.step[row * w.chunks() + s] = avx512::rounded(x, row * w.k + at, dtype, count, count, q + at);
-    for (int64_t i = at; i < at + count; i += 32) {
-      __m256i sums = avx512::fours(q + i);
-      sums = _mm256_hadd_epi32(sums, sums);
-      sums = _mm256_hadd_epi32(sums, sums);
-      const int32_t low = _mm256_extract_epi32(sums, 0), high = _mm256_extract_epi32(sums, 4);
-      if (w.group == 32) put(i / 32, low + high);
-      else put(i / 16, low), put(i / 16 + 1, high);
-    }
+  for (int64_t s = 0; s < spans; ++s) {
+    const int64_t at = s * span, count = std::min(span, w.k - at), first = (row * w.k + at) >> shift;
+    int16_t* sums = in.group_sums.data() + first;
+    in.step[row * spans + s] = avx512::rounded(x, row * w.k + at, dtype, count, count, in.q.data() + row * in.stride + at,
+                                               [&](int64_t i, __m256i fours) __attribute__((always_inline)) BITSMITH_512 {
+                                                 fours = _mm256_hadd_epi32(fours, fours);
+                                                 fours = _mm256_hadd_epi32(fours, fours);
+                                                 const int32_t low = _mm256_extract_epi32(fours, 0), high = _mm256_extract_epi32(fours, 4);
+                                                 if (shift == 5) sums[i / 32] = static_cast<int16_t>(low + high);
+                                                 else sums[i / 16] = static_cast<int16_t>(low), sums[i / 16 + 1] = static_cast<int16_t>(high);
+                                               });
+    for (int64_t g = 0; g < count >> shift; ++g) in.start[first + g] = -zero * sums[g];
   }
 }
 
