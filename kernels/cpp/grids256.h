@@ -172,51 +172,43 @@ BITSMITH_256_INLINE __m256i sums(const __m256i (&v)[8]) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(four[0], four[1], 0x20), _mm256_permute2x128_si256(four[0], four[1], 0x31));
 }
 
-// 128 inputs of MR rows of activations, their steps for each output of 8 / MR.
+// A super block of MR rows of activations, their steps for each output of 8 / MR.
 template <int MR>
 struct Inputs {
-  alignas(32) int8_t q[MR][CHUNK];
-  alignas(16) int16_t sums[MR][CHUNK / 16];
+  alignas(32) int8_t q[MR][SUPER];
+  alignas(32) int16_t sums[MR][SUPER / 16];
   alignas(32) float step[8];
 
-  BITSMITH_256_INLINE Inputs(const Input& x, int64_t k, int64_t m, int64_t chunk) {
+  BITSMITH_256_INLINE Inputs(const Input& x, int64_t k, int64_t s, int64_t m) {
     for (int64_t i = 0; i < MR; ++i) {
-      const auto* from = reinterpret_cast<const __m256i*>(x.q.data() + (m + i) * x.stride + chunk * CHUNK);
-      for (int v = 0; v < 4; v += 2) {
+      const auto* from = reinterpret_cast<const __m256i*>(x.q.data() + (m + i) * x.stride + s * SUPER);
+      for (int v = 0; v < 8; v += 2) {
         const __m256i a = _mm256_loadu_si256(from + v), b = _mm256_loadu_si256(from + v + 1);
         keep(_mm256_permute2x128_si256(a, b, 0x20), q[i] + 32 * v), keep(_mm256_permute2x128_si256(a, b, 0x31), q[i] + 32 * v + 32);
       }
-      std::memcpy(sums[i], x.sums.data() + (m + i) * (k / 16) + chunk * (CHUNK / 16), CHUNK / 8);
-      for (int r = 0; r < 8 / MR; ++r) step[r * MR + i] = x.step[(m + i) * (k / CHUNK) + chunk];
+      std::memcpy(sums[i], x.sums.data() + (m + i) * (k / 16) + s * (SUPER / 16), SUPER / 8);
+      for (int r = 0; r < 8 / MR; ++r) step[r * MR + i] = x.step[(m + i) * (k / SUPER) + s];
     }
   }
 };
 
 // Those rows and, 8 / MR at a time, the outputs meet. total [16 outputs][MR].
-template <class F, int MR>
-BITSMITH_256_INLINE void meet(const Inputs<MR>& x, const Numbers (&block)[ROWS], const float* super, int64_t half, float* total) {
-  static constexpr auto SPREAD = four_of([](int v, int i) { return i % 2 ? 128 : v / 2 * 4 + v % 2 + i / 16 * 2; });
-  constexpr int R = 8 / MR;
+template <int MR>
+BITSMITH_256_INLINE void meet(const Inputs<MR>& x, const Numbers (&block)[ROWS], const float* super, float* total) {
+  static constexpr auto LOW = four_of([](int v, int i) { return i % 2 ? 128 : v / 2 * 4 + v % 2 + i / 16 * 2; });
+  static constexpr auto HIGH = four_of([](int v, int i) { return i % 2 ? 128 : 8 + v / 2 * 4 + v % 2 + i / 16 * 2; });
   const __m256 steps = _mm256_load_ps(x.step);
   const __m256i which = _mm256_setr_epi32(0, 1 / MR, 2 / MR, 3 / MR, 4 / MR, 5 / MR, 6 / MR, 7 / MR);
-  for (int64_t r = 0; r < ROWS; r += R, total += 8) {
-    __m256i dot[8], scale[R];
-    for (int i = 0; i < R; ++i) {
-      int64_t eight;
-      std::memcpy(&eight, block[r + i].scale + 8 * half, 8);
-      scale[i] = _mm256_set1_epi64x(eight);
-    }
+  for (int64_t r = 0; r < ROWS; r += 8 / MR, total += 8) {
+    __m256i dot[8], scale[8 / MR];
+    for (int i = 0; i < 8 / MR; ++i) scale[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(block[r + i].scale)));
+    for (int i = 0; i < 8; ++i) dot[i] = _mm256_madd_epi16(load(block[r + i / MR].start), load(x.sums[i % MR]));
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      const __m128i start = _mm_load_si128(reinterpret_cast<const __m128i*>(block[r + i / MR].start + 8 * half));
-      dot[i] = _mm256_zextsi128_si256(_mm_madd_epi16(start, _mm_load_si128(reinterpret_cast<const __m128i*>(x.sums[i % MR]))));
-    }
-#pragma GCC unroll 4
-    for (size_t v = 0; v < 4; ++v)
+    for (size_t v = 0; v < 8; ++v)
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        const __m256i both = _mm256_maddubs_epi16(load(block[r + i / MR].number + 128 * half + 32 * v), load(x.q[i % MR] + 32 * v));
-        dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(both, _mm256_shuffle_epi8(scale[i / MR], load(SPREAD[v]))));
+        const __m256i both = _mm256_maddubs_epi16(load(block[r + i / MR].number + 32 * v), load(x.q[i % MR] + 32 * v));
+        dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(both, _mm256_shuffle_epi8(scale[i / MR], load(v < 4 ? LOW[v] : HIGH[v - 4]))));
         // As in `avx2::added`.
         asm("" : "+x"(dot[i]));
       }
@@ -225,9 +217,9 @@ BITSMITH_256_INLINE void meet(const Inputs<MR>& x, const Numbers (&block)[ROWS],
   }
 }
 
-template <class F, int MR>
+template <int MR>
 BITSMITH_256_INLINE void meet(const Input& x, int64_t k, const Numbers (&block)[ROWS], const float* super, int64_t s, int64_t m, float* totals) {
-  for (int64_t half = 0; half < 2; ++half) meet<F, MR>(Inputs<MR>(x, k, m, 2 * s + half), block, super, half, totals + m * ROWS);
+  meet<MR>(Inputs<MR>(x, k, s, m), block, super, totals + m * ROWS);
 }
 
 template <class F>
@@ -244,10 +236,10 @@ BITSMITH_256 void rows(const Weight& w, const two_level::Weight&, const Input& x
     super_block<F>(w, from, s, block);
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
     int64_t m = 0;
-    for (; m + 8 <= x.m; m += 8) meet<F, 8>(x, w.k, block, super, s, m, total);
-    if (m + 4 <= x.m) meet<F, 4>(x, w.k, block, super, s, m, total), m += 4;
-    if (m + 2 <= x.m) meet<F, 2>(x, w.k, block, super, s, m, total), m += 2;
-    if (m < x.m) meet<F, 1>(x, w.k, block, super, s, m, total);
+    for (; m + 8 <= x.m; m += 8) meet<8>(x, w.k, block, super, s, m, total);
+    if (m + 4 <= x.m) meet<4>(x, w.k, block, super, s, m, total), m += 4;
+    if (m + 2 <= x.m) meet<2>(x, w.k, block, super, s, m, total), m += 2;
+    if (m < x.m) meet<1>(x, w.k, block, super, s, m, total);
   }
   for (int64_t m = 0, mr = 8; m < x.m; m += mr) {
     while (m + mr > x.m) mr /= 2;

@@ -8,12 +8,12 @@ namespace bitsmith::grids::neon {
 
 using namespace bitsmith::neon;
 
-// Both: 128 inputs of four outputs, whose numbers and scales begin there, with a row of activations. Products of a group meet its scale in 32 bits.
+// Both: a super block of four outputs, whose numbers and scales begin there, with a row of activations. Products of a group meet its scale in 32 bits.
 struct Dot {
   template <int GROUP>
-  BITSMITH_SDOT static int32x4_t chunk(const int8_t* number, const uint8_t* scale, const int8_t* q) {
+  BITSMITH_SDOT static int32x4_t super_block(const int8_t* number, const uint8_t* scale, const int8_t* q) {
     int32x4_t dot[4] = {};
-    for (int64_t i = 0; i < CHUNK; i += GROUP)
+    for (int64_t i = 0; i < SUPER; i += GROUP)
       for (int r = 0; r < 4; ++r) {
         int32x4_t sum = vdupq_n_s32(0);
         for (int j = 0; j < GROUP; j += 16) sum = vdotq_s32(sum, vld1q_s8(number + r * SUPER + i + j), vld1q_s8(q + i + j));
@@ -25,9 +25,9 @@ struct Dot {
 
 struct Widen {
   template <int GROUP>
-  static int32x4_t chunk(const int8_t* number, const uint8_t* scale, const int8_t* q) {
+  static int32x4_t super_block(const int8_t* number, const uint8_t* scale, const int8_t* q) {
     int32x4_t dot[4] = {};
-    for (int64_t i = 0; i < CHUNK; i += GROUP)
+    for (int64_t i = 0; i < SUPER; i += GROUP)
       for (int r = 0; r < 4; ++r) {
         int32x4_t sum = vdupq_n_s32(0);
         for (int j = 0; j < GROUP; j += 16) {
@@ -52,14 +52,10 @@ void rows(const Weight& w, const two_level::Weight&, const Input& x, int64_t nb,
     decode<F>(w, nb, s, number, scale);
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
     for (int64_t m = 0; m < x.m; ++m)
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t chunk = 2 * s + half;
-        const int8_t* q = x.q.data() + m * x.stride + chunk * CHUNK;
-        for (int64_t r = 0; r < ROWS; r += 4) {
-          const float32x4_t value = vcvtq_f32_s32(By::template chunk<F::GROUP>(number[r] + half * CHUNK, scale[half * F::GROUPS / 2] + r, q));
-          float* to = totals.data() + m * ROWS + r;
-          vst1q_f32(to, vfmaq_f32(vld1q_f32(to), value, vmulq_n_f32(vld1q_f32(super + r), x.step[m * (w.k / CHUNK) + chunk])));
-        }
+      for (int64_t r = 0; r < ROWS; r += 4) {
+        const int32x4_t dot = By::template super_block<F::GROUP>(number[r], scale[0] + r, x.q.data() + m * x.stride + s * SUPER);
+        float* to = totals.data() + m * ROWS + r;
+        vst1q_f32(to, vfmaq_f32(vld1q_f32(to), vcvtq_f32_s32(dot), vmulq_n_f32(vld1q_f32(super + r), x.step[m * (w.k / SUPER) + s])));
       }
   }
   for (int64_t m = 0; m < x.m; ++m)
