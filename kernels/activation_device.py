@@ -136,7 +136,7 @@ def aot_case(target: Target, spec: Spec) -> Case:
     if kind == "fp4":
         fn, warps = quantize_fp4_kernel, 8
         arguments |= {"scales": "*fp8e4nv", "steps": "*fp32", "given": None}
-        constants = {"TOP": activation.TOPS[kind], "BLOCK": k}
+        constants: dict[str, Any] = {"TOP": activation.TOPS[kind], "BLOCK": k}
     else:
         fn, warps = quantize_kernel, 4
         arguments["steps"] = "*u8" if kind == "mx" else "*fp32"
