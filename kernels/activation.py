@@ -21,8 +21,9 @@ step: a float32 step, and an E4M3 scale per token and 16 inputs.
     code    the nearest to number / (scale * step), ties to even
 
 This is NVFP4 as NVIDIA describes it ("Introducing NVFP4 for Efficient and Accurate Low-Precision Inference", 2025) and
-compressed-tensors computes it (generate_gparam, calculate_qparams, cast_to_fp4), which rounds to bfloat16 before it
-rounds to FP4, and knows only steps of all tokens.
+compressed-tensors computes it (generate_gparam, calculate_qparams, cast_to_fp4), whose steps are all of all tokens:
+0.20 finds the same scales and codes for a float32 x; of a bfloat16 one it divides by 6 in bfloat16, and 1.3 % of its
+scales are a neighbour.
 """
 
 import torch
