@@ -32,7 +32,7 @@ def test_products(text: str, shape: tuple[int, int], path: str) -> None:
     for m in ROWS:
         x = torch.randn(m, shape[1])
         x[0, 0] = 30.0
-        assert error(product(x, path), native_two_level.rounded_activations(x), weight) < 1e-6
+        assert error(product(x, path), native_two_level.rounded_activations(x, q.spec), weight) < 1e-6
     alone = torch.cat([product(row[None], path) for row in x])
     assert torch.equal(product(x, path), alone)
 

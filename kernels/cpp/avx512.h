@@ -158,6 +158,13 @@ BITSMITH_512_INLINE __m512i spread(const void* p) {
   return _mm512_set1_epi32(four);
 }
 
+// sum + products of v's bytes, unsigned, with the same four signed ones at p. Written out because GCC 12 loads them into a register first; without it
+// more dot products are under way at once (one core, 512 rows, billion multiply-adds a second: Q6_K 142 -> 158, IQ4_XS 180 -> 189).
+BITSMITH_512_INLINE __m512i add_dot(__m512i sum, __m512i v, const void* p) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(v), "m"(*static_cast<const char(*)[4]>(p)));
+  return sum;
+}
+
 // Rows m0 .. m0 + MR - 1 of the product with 16 outputs.
 template <int BITS, int KIND, int MR>
 BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, void* y, int32_t dtype) {
@@ -182,13 +189,11 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
         __m512i v[8];
         ahead<BITS, MR>(p);
         unpack<BITS>(p, v);
+#pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) {
           const int8_t* row = x.q.data() + (m0 + m) * x.stride + kb * BLOCK;
-          for (int j = 0; j < 8; ++j) {
-            int32_t four;
-            std::memcpy(&four, row + 4 * j, 4);
-            acc[m][j % LANES] = _mm512_dpbusd_epi32(acc[m][j % LANES], v[j], _mm512_set1_epi32(four));
-          }
+#pragma GCC unroll 8
+          for (int j = 0; j < 8; ++j) acc[m][j % LANES] = add_dot(acc[m][j % LANES], v[j], row + 4 * j);
         }
       }
       for (int m = 0; m < MR; ++m) {
@@ -272,7 +277,8 @@ BITSMITH_512_INLINE void tile(const uint8_t* record, const uint8_t* codes, const
       unpack<BITS>(codes + b * 64 * BITS, v);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j)
-        for (int m = 0; m < MR; ++m) acc[m] = _mm512_dpbusd_epi32(acc[m], v[j], spread(record + ((8 * b + j) * TILE + m) * 4));
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) acc[m] = add_dot(acc[m], v[j], record + ((8 * b + j) * TILE + m) * 4);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {

@@ -135,7 +135,7 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
 
 // Rows that go through a product together: activations of more would leave the second-level cache between two blocks of outputs (4096 x 14336,
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
-constexpr int64_t TOGETHER = 1 << 20;
+constexpr int64_t TOGETHER = 1 << 19;
 
 int64_t together(int64_t m, int64_t k) {
   const int64_t parts = std::max<int64_t>(1, (m * k + TOGETHER - 1) / TOGETHER);
@@ -190,7 +190,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
 #if BITSMITH_X86
     if (wide && two_level::wide::recorded(part))
-      records(part, w.chunks(), two_level::wide::record_bytes(w.group, w.mins), threads, in.records,
+      records(part, w.chunks(), two_level::wide::record_bytes(w.chunk(), w.group, w.mins), threads, in.records,
               [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::wide::record(w, in, tile, chunk, to); });
 #endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
@@ -332,6 +332,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   const grids::Weight& w = *weight;
   two_level::Weight as{};
   as.n = w.n, as.k = w.k, as.group = w.group;
+  as.supers = w.supers;  // For `chunk` alone: they lie otherwise.
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
   bool wide = false;

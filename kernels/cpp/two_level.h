@@ -1,5 +1,5 @@
 // Weights whose scales are small integers times one float for 256 inputs (GGUF's K-quants and IQ4_XS), with int8 activations. The integer
-// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs. Beside them, with AVX-512
+// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 or 256 inputs. Beside them, with AVX-512
 // alone: 4-bit codes of a table whose groups have a float of 8 bits each (NVFP4, MXFP4), which meets their integer sum.
 #pragma once
 #include "avx2.h"
@@ -27,12 +27,14 @@ struct Weight {
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t super_blocks() const { return (k + SUPER - 1) / SUPER; }
-  int64_t chunks() const { return (k + CHUNK - 1) / CHUNK; }
+  // Inputs of a row that are rounded together: a super block, as llama.cpp has it, and with float scales half of one.
+  int64_t chunk() const { return supers ? SUPER : CHUNK; }
+  int64_t chunks() const { return (k + chunk() - 1) / chunk(); }
   int64_t groups() const { return SUPER / group; }
   int64_t sub_bytes() const { return groups() * ROWS * sub_bits / 8; }
 };
 
-// Activations: int8 [m][stride], a step for 128 inputs, sums of 16 codes.
+// Activations: int8 [m][stride], a step for a chunk, sums of 16 codes.
 struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
@@ -88,8 +90,9 @@ inline void pack_sub_codes(const uint8_t (*codes)[ROWS], int32_t bits, int64_t g
 }
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
+  const int64_t chunk = w.chunk();
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
+    const int64_t at = row * w.k + c * chunk, count = std::min(chunk, w.k - c * chunk);
     float peak = 0;
     for (int64_t i = 0; i < count; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
     const float inverse = peak > 0 ? 127 / peak : 0;
@@ -98,10 +101,10 @@ inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, 
       int32_t sum = 0;
       for (int64_t j = i; j < i + 16; ++j) {
         const int32_t q = static_cast<int32_t>(std::nearbyint(load(x, at + j, dtype) * inverse));
-        in.q[row * in.stride + c * CHUNK + j] = static_cast<int8_t>(q);
+        in.q[row * in.stride + c * chunk + j] = static_cast<int8_t>(q);
         sum += q;
       }
-      in.sums[row * (w.k / 16) + (c * CHUNK + i) / 16] = static_cast<int16_t>(sum);
+      in.sums[row * (w.k / 16) + (c * chunk + i) / 16] = static_cast<int16_t>(sum);
     }
   }
 }
@@ -136,21 +139,19 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
     sub_codes(w.scales + (nb * supers + s) * w.sub_bytes(), w.sub_bits, groups, scale);
     if (w.mins) sub_codes(w.mins + (nb * supers + s) * w.sub_bytes(), w.sub_bits, groups, min);
     for (int64_t m = 0; m < x.m; ++m)
-      for (int64_t half = 0; half < SUPER / CHUNK; ++half)
-        for (int64_t r = 0; r < ROWS; ++r) {
-          int32_t dot = 0, low = 0;
-          for (int64_t i = half * CHUNK; i < (half + 1) * CHUNK; ++i) {
-            const uint8_t code = codes[i / 32][64 * (i % 32 / 4) + 4 * r + i % 4];
-            const int32_t value = (w.table ? w.table[code] : code) - w.zero, by = scale[i / w.group][r] - w.offset;
-            const int32_t q = x.q[m * x.stride + s * SUPER + i];
-            dot += value * by * q;
-            low += min[i / w.group][r] * q;
-          }
-          const float step = x.step[m * (w.k / CHUNK) + s * 2 + half];
-          const int64_t at = (nb * supers + s) * ROWS + r;
-          const float offset = w.mins ? half_to_float(w.super_mins[at]) * static_cast<float>(low) : 0.0f;
-          totals[m * ROWS + r] += step * (half_to_float(w.supers[at]) * static_cast<float>(dot) + offset);
+      for (int64_t r = 0; r < ROWS; ++r) {
+        int32_t dot = 0, low = 0;
+        for (int64_t i = 0; i < SUPER; ++i) {
+          const uint8_t code = codes[i / 32][64 * (i % 32 / 4) + 4 * r + i % 4];
+          const int32_t value = (w.table ? w.table[code] : code) - w.zero, by = scale[i / w.group][r] - w.offset;
+          const int32_t q = x.q[m * x.stride + s * SUPER + i];
+          dot += value * by * q;
+          low += min[i / w.group][r] * q;
         }
+        const int64_t at = (nb * supers + s) * ROWS + r;
+        const float offset = w.mins ? half_to_float(w.super_mins[at]) * static_cast<float>(low) : 0.0f;
+        totals[m * ROWS + r] += x.step[m * supers + s] * (half_to_float(w.supers[at]) * static_cast<float>(dot) + offset);
+      }
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
@@ -257,7 +258,7 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
     }
   }
   for (int m = 0; m < MR; ++m) {
-    const __m256 step = _mm256_set1_ps(x.step[(m0 + m) * (w.k / CHUNK) + at / CHUNK]);
+    const __m256 step = _mm256_set1_ps(x.step[(m0 + m) * w.chunks() + at / SUPER]);
     for (int h = 0; h < 2; ++h) {
       float* to = total + (m0 + m) * ROWS + 8 * h;
       const __m256 all = _mm256_loadu_ps(to);
@@ -275,8 +276,9 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
 BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const int64_t chunk = w.chunk();
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
+    const int64_t at = row * w.k + c * chunk, count = std::min(chunk, w.k - c * chunk);
     __m256 largest = _mm256_setzero_ps();
     for (int64_t i = 0; i < count; i += 8) largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, avx2::load8(x, at + i, dtype)));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
@@ -289,11 +291,11 @@ BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
       for (int j = 0; j < 4; ++j) q[j] = _mm256_cvtps_epi32(_mm256_mul_ps(avx2::load8(x, at + i + 8 * j, dtype), inverse));
       const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
       const __m256i bytes = _mm256_permutevar8x32_epi32(packed, order);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(in.q.data() + row * in.stride + c * CHUNK + i), bytes);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(in.q.data() + row * in.stride + c * chunk + i), bytes);
       __m256i sums = avx2::widened(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes));
       sums = _mm256_hadd_epi32(sums, sums);
       sums = _mm256_hadd_epi32(sums, sums);
-      int16_t* to = in.sums.data() + row * (w.k / 16) + (c * CHUNK + i) / 16;
+      int16_t* to = in.sums.data() + row * (w.k / 16) + (c * chunk + i) / 16;
       to[0] = static_cast<int16_t>(_mm256_extract_epi32(sums, 0));
       to[1] = static_cast<int16_t>(_mm256_extract_epi32(sums, 4));
     }
