@@ -200,18 +200,24 @@ BITSMITH_256_INLINE void meet(const Inputs<MR>& x, const Numbers (&block)[ROWS],
   const __m256 steps = _mm256_load_ps(x.step);
   const __m256i which = _mm256_setr_epi32(0, 1 / MR, 2 / MR, 3 / MR, 4 / MR, 5 / MR, 6 / MR, 7 / MR);
   for (int64_t r = 0; r < ROWS; r += 8 / MR, total += 8) {
-    __m256i dot[8], scale[8 / MR];
-    for (int i = 0; i < 8 / MR; ++i) scale[i] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(block[r + i].scale)));
-    for (int i = 0; i < 8; ++i) dot[i] = _mm256_madd_epi16(load(block[r + i / MR].start), load(x.sums[i % MR]));
+    __m256i dot[8];
 #pragma GCC unroll 8
-    for (size_t v = 0; v < 8; ++v)
+    for (int o = 0; o < 8 / MR; ++o) {
+      const Numbers& row = block[r + o];
+      const __m256i scale = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(row.scale)));
+      for (int m = 0; m < MR; ++m) dot[o * MR + m] = _mm256_madd_epi16(load(row.start), load(x.sums[m]));
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const __m256i both = _mm256_maddubs_epi16(load(block[r + i / MR].number + 32 * v), load(x.q[i % MR] + 32 * v));
-        dot[i] = _mm256_add_epi32(dot[i], _mm256_madd_epi16(both, _mm256_shuffle_epi8(scale[i / MR], load(v < 4 ? LOW[v] : HIGH[v - 4]))));
-        // As in `avx2::added`.
-        asm("" : "+x"(dot[i]));
+      for (size_t v = 0; v < 8; ++v) {
+        const __m256i number = load(row.number + 32 * v), by = _mm256_shuffle_epi8(scale, load(v < 4 ? LOW[v] : HIGH[v - 4]));
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) {
+          __m256i& to = dot[o * MR + m];
+          to = _mm256_add_epi32(to, _mm256_madd_epi16(_mm256_maddubs_epi16(number, load(x.q[m] + 32 * v)), by));
+          // As in `avx2::added`.
+          asm("" : "+x"(to));
+        }
       }
+    }
     const __m256 by = _mm256_mul_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(super + r), which), steps);
     _mm256_storeu_ps(total, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums(dot)), by, _mm256_loadu_ps(total)));
   }

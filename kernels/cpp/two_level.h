@@ -213,8 +213,8 @@ BITSMITH_256_INLINE void values(const int8_t* table, __m256i (&v)[16]) {
 template <int BITS, int GROUP, bool TABLE, int MR, bool PACKED = false>
 BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* codes, const Scales& by, const __m256 (&d)[2], const __m256 (&dmin)[2],
                                int64_t at, int64_t half, int64_t m0, float* total) {
-  // Byte vectors whose products fit 16 bits; values of tables of 4 bits reach 127, others (grids.h) 62.
-  constexpr int FIT = TABLE ? (BITS == 4 ? 1 : 2) : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
+  // Byte vectors whose products fit 16 bits; values of tables reach 127.
+  constexpr int FIT = TABLE ? 1 : avx2::run(BITS), PER = GROUP / 4, RUN = FIT < PER ? FIT : PER;
   const int8_t* q[MR];
   const int16_t* sums[MR];
   for (int m = 0; m < MR; ++m) {
@@ -241,8 +241,7 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& x, const uint8_t* c
           std::memcpy(&four, q[m] + b * BLOCK + 4 * j, 4);
           const __m256i inputs = _mm256_set1_epi32(four);
           for (int h = 0; h < 2; ++h) {
-            if constexpr (TABLE && FIT == 1) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
-            else if constexpr (TABLE) sum[m][h] = avx2::added(sum[m][h], _mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
+            if constexpr (TABLE) sum[m][h] = _mm256_maddubs_epi16(_mm256_abs_epi8(c[h]), _mm256_sign_epi8(inputs, c[h]));
             else sum[m][h] = avx2::added(sum[m][h], c[h], inputs);
           }
         }
