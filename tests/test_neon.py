@@ -30,7 +30,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("processor", "path"), [("cortex-a53", "neon"), ("cortex-a76", "neon-dotprod")])
 def test_products(program: Path, processor: str, path: str) -> None:
-    """Every width, odd shapes, one and two levels of scales, grids. A Cortex-A53 has no dot products: an `sdot` would end it."""
+    """Every width, odd shapes, one or two levels of scales, grids. `sdot` would end a Cortex-A53, which has none."""
     command = [EMULATOR, "-cpu", processor, str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
