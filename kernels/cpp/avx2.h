@@ -76,6 +76,13 @@ BITSMITH_256_INLINE __m256 load8(const void* p, int64_t i, int32_t dtype) {
     case F32: return _mm256_loadu_ps(static_cast<const float*>(p) + i);
     case BF16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half()), 16));
     case F16: return _mm256_cvtph_ps(half());
+    case E4M3_BYTE: {
+      // Through float16, as e4m3_to_float.
+      const __m128i byte = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
+      const __m128i sizes = _mm_and_si128(byte, _mm_set1_epi16(0x7f)), nan = _mm_cmpeq_epi16(sizes, _mm_set1_epi16(0x7f));
+      const __m128i half = _mm_and_si128(_mm_slli_epi16(byte, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+      return _mm256_mul_ps(_mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan)), _mm256_set1_ps(256));
+    }
     default: {
       const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
       if (dtype == U8) return _mm256_cvtepi32_ps(u);
@@ -114,8 +121,8 @@ BITSMITH_256_INLINE Scales scales16(const Weight& w, int64_t nb, int64_t g, int6
 
 BITSMITH_256_INLINE __m256i widened(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
-BITSMITH_256_INLINE __m256i added(__m256i sums, __m256i codes, __m256i x) {
-  __m256i total = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x));
+BITSMITH_256_INLINE __m256i added(__m256i sums, __m256i products) {
+  __m256i total = _mm256_add_epi16(sums, products);
   // Keeps the sum in its register: reassociating sums, the compiler spills them.
   asm("" : "+x"(total));
   return total;
@@ -156,10 +163,10 @@ BITSMITH_256_INLINE void dots(const uint8_t* codes, int64_t blocks, const int8_t
         const __m256i x = _mm256_set1_epi32(four);
         for (int h = 0; h < 2; ++h) {
           if constexpr (SUMS == 2) {
-            sum[m][h][0] = added(sum[m][h][0], _mm256_and_si256(c[h], low), x);
-            sum[m][h][1] = added(sum[m][h][1], _mm256_and_si256(_mm256_srli_epi16(c[h], 4), low), x);
+            sum[m][h][0] = added(sum[m][h][0], _mm256_maddubs_epi16(_mm256_and_si256(c[h], low), x));
+            sum[m][h][1] = added(sum[m][h][1], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(c[h], 4), low), x));
           } else {
-            sum[m][h][0] = added(sum[m][h][0], c[h], x);
+            sum[m][h][0] = added(sum[m][h][0], _mm256_maddubs_epi16(c[h], x));
           }
         }
       }

@@ -13,6 +13,7 @@
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
+#include "grids256.h"
 #include "grids512.h"
 #include "layer.h"
 #include "neon.h"
@@ -22,6 +23,7 @@
 #include "rotate.h"
 #include "trellis512.h"
 #include "two_level.h"
+#include "two_level256.h"
 #include "two_level512.h"
 
 #if defined(_WIN32)
@@ -123,7 +125,6 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
-#if BITSMITH_X86
 // record(tile, step, bytes) for every tile of m rows and every step, in their order.
 template <class Record>
 void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vector<uint8_t>& out, const Record& record) {
@@ -131,7 +132,6 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
   if (static_cast<int64_t>(out.size()) < count * size) out.resize(static_cast<size_t>(count * size));
   pool().run(count, threads, [&](int64_t i) { record(i % tiles, i / tiles, out.data() + i * size); });
 }
-#endif
 
 // Rows that go through a product together: activations of more would leave the second-level cache between two blocks of outputs (4096 x 14336,
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
@@ -174,11 +174,11 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-// Parts of the rows one after the other: rounds their activations (`wide`: and records them), then rows(activations, nb, y of the part) for
-// each block of 16 outputs.
+// Parts of the rows one after the other: rounds their activations and records them, then rows(activations, nb, y of the part) for each block of
+// 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
-                       [[maybe_unused]] bool wide, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+                       two_level::Recorded recorded, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -188,11 +188,11 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     void* to = row_of(y, first * w.n, y_dtype);
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
-#if BITSMITH_X86
-    if (wide && two_level::wide::recorded(part))
-      records(part, w.chunks(), two_level::wide::record_bytes(w.group, w.mins), threads, in.records,
-              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::wide::record(w, in, tile, chunk, to); });
-#endif
+    if (recorded != two_level::NOTHING && two_level::recorded(part)) {
+      const bool pairs = recorded == two_level::PAIRS;
+      records(part, w.chunks(), two_level::record_bytes(w.group, pairs), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, pairs, tile, chunk, to); });
+    }
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
 }
@@ -308,10 +308,11 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  bool wide = false;
+  two_level::Recorded recorded = two_level::NOTHING;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    wide = path != AVX2 && avx512::supported();
+    const bool wide = path != AVX2 && avx512::supported();
+    recorded = wide && !w.mins ? two_level::STARTS : two_level::PAIRS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
@@ -322,7 +323,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(w, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
@@ -334,16 +335,17 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   as.n = w.n, as.k = w.k, as.group = w.group;
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  bool wide = false;
+  two_level::Recorded recorded = two_level::NOTHING;
 #if BITSMITH_X86
   if (path != GENERIC) {
-    wide = path != AVX2 && avx512::supported();
+    const bool wide = path != AVX2 && avx512::supported();
+    recorded = wide ? two_level::STARTS : two_level::PAIRS;
     if (wide) as.zero = grids::BIAS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
 #endif
-  two_level_product(as, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(as, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 

@@ -2,7 +2,7 @@
 // `two_level::rows`; float32 sums may differ in their order.
 #pragma once
 #include "avx512.h"
-#include "two_level.h"
+#include "two_level256.h"
 
 #if BITSMITH_X86
 namespace bitsmith::two_level::wide {
@@ -53,51 +53,7 @@ BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
   vectors::prepare(w, x, dtype, row, in);
   const int64_t groups = w.k / w.group;
   const int32_t zero = w.mins ? 0 : w.zero + (w.table ? BIAS : 0);
-  const int16_t* sums = in.sums.data() + row * (w.k / 16);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int32_t sum = w.group == 32 ? sums[2 * g] + sums[2 * g + 1] : sums[g];
-    in.group_sums[row * groups + g] = static_cast<int16_t>(sum);
-    in.start[row * groups + g] = -zero * sum;
-  }
-}
-
-// 128 inputs of TILE rows, `place`d: codes of four inputs, then starts of groups (with mins, pairs of their sums), the step. Records of the tiles
-// follow each other, then those of the next 128 inputs: the order they are read in.
-constexpr int64_t record_bytes(int64_t group, bool mins) { return (CHUNK + CHUNK / group / (mins ? 2 : 1) * 4 + 4) * TILE; }
-
-// Whether the activations of m rows are recorded (5632 x 2048 of Q4_K, one core, 2 rows: 0.43 ms so, 0.32 from row to row). A tile's missing rows are
-// multiplied too, whatever they hold.
-constexpr bool recorded(int64_t m) { return m > 4; }
-
-inline void record(const Weight& w, const Input& x, int64_t tile, int64_t chunk, uint8_t* to) {
-  const int64_t groups = w.k / w.group, from = chunk * CHUNK, inputs = std::min(CHUNK, w.k - from), first = from / w.group;
-  for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    place(x.q.data() + row * x.stride + from, inputs / 4, to);
-    if (w.mins) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + CHUNK * TILE);
-    else place(x.start.data() + row * groups + first, inputs / w.group, to + CHUNK * TILE);
-    place(x.step.data() + row * w.chunks() + chunk, 1, to + record_bytes(w.group, w.mins) - TILE * 4);
-  }
-}
-
-// Where 128 inputs of some rows of activations lie: from row to row, or in a record.
-struct Rows128 {
-  const char *q, *start, *step;
-  int64_t q_row, start_row, step_row;
-};
-
-template <int GROUP, bool MINS>
-BITSMITH_512_INLINE Rows128 apart(const Weight& w, const Input& x, int64_t m, int64_t at) {
-  const int64_t groups = w.k / GROUP, group = m * groups + at / GROUP, width = MINS ? 2 : 4;
-  const void* start = MINS ? static_cast<const void*>(x.group_sums.data() + group) : x.start.data() + group;
-  return {reinterpret_cast<const char*>(x.q.data() + m * x.stride + at), static_cast<const char*>(start),
-          reinterpret_cast<const char*>(x.step.data() + m * w.chunks() + at / CHUNK), x.stride, groups * width, w.chunks() * 4};
-}
-
-template <int GROUP, bool MINS>
-BITSMITH_512_INLINE Rows128 in_record(const Weight& w, const Input& x, int64_t m, int64_t at) {
-  const int64_t tiles = (x.m + TILE - 1) / TILE, size = record_bytes(GROUP, MINS);
-  const char* p = reinterpret_cast<const char*>(x.records.data()) + (at / CHUNK * tiles + m / TILE) * size + m % TILE * 4;
-  return {p, p + CHUNK * TILE, p + size - TILE * 4, 4, 4, 4};
+  for (int64_t at = row * groups; at < (row + 1) * groups; ++at) in.start[at] = -zero * in.group_sums[at];
 }
 
 BITSMITH_512_INLINE void values(__m512i table, __m512i (&v)[8]) {
@@ -199,7 +155,7 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
 }
 
 // Null for a combination that no format has.
-inline vectors::Rows rows_of(const Weight& w) {
+inline Rows rows_of(const Weight& w) {
   if (!w.supers) return w.group == 16 ? rows<4, 16, 0, true> : rows<4, 32, 0, true>;
   const int32_t kind = w.bits * 1000 + w.group * 10 + w.sub_bits;
   if (w.table) return kind == 4326 ? rows<4, 32, 6, true> : nullptr;
