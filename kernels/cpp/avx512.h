@@ -14,17 +14,6 @@ inline bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Asks for the codes further on, as a product of MR rows needs it (two cores of Zen 4). Where rows come between the blocks the hardware falls behind
-// (5632 x 2048, 8 rows: Q4_K 0.42 -> 0.30 ms, Q8_0 0.69 -> 0.48). One row keeps up with it, and asking gets in its way (all products of a step of
-// 1.1 B, times what only reading them takes: Q4_K_M 1.12 so and 1.01 without, 4-bit GPTQ 1.31 and 1.02), but for codes of 2 and 6 bits (Q2_K 107 ->
-// 95 us, Q6_K 305 -> 258) and for bytes, as far ahead as the second-level cache is for (a step's products in Q8_0 38.7 -> 27.2 ms).
-template <int BITS, int MR>
-BITSMITH_512_INLINE void ahead(const uint8_t* p) {
-  constexpr bool ROW = MR == 1 && BITS == 8;
-  if constexpr (MR == 1 && BITS != 2 && BITS != 6 && BITS != 8) return;
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + (ROW ? 8192 : 2048) + 64 * j), ROW ? _MM_HINT_T1 : _MM_HINT_T0);
-}
-
 // The eight byte vectors of a block.
 template <int BITS>
 BITSMITH_512_INLINE void unpack(const uint8_t* p, __m512i (&v)[8]) {

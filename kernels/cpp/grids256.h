@@ -154,7 +154,7 @@ BITSMITH_256 void dots(const Weight& w, const int8_t* q, int64_t nb, int64_t s, 
       if (o == 0)
         for (int64_t i = 0; i < F::GROUPS / 8; ++i) scale[i] = scales8<F>(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(lane[i][r])), load(DOWN)));
       const __m256i signs = F::SHIFT ? v : _mm256_or_si256(negative, _mm256_set1_epi8(1));
-      __m256i products = _mm256_maddubs_epi16(F::SHIFT ? _mm256_abs_epi8(v) : v, _mm256_sign_epi8(x[o / 4 * 2 + o % 4 / 2], signs));
+      __m256i products = _mm256_maddubs_epi16(F::SHIFT ? _mm256_abs_epi8(v) : v, _mm256_sign_epi8(x[o / 8 * 2 + o % 8 / 2], signs));
       // Two of them fit 16 bits: 2 * 2 * 62 * 127.
       if constexpr (F::GROUP == 32) {
         if (o % 4 == 0) return void(before = products);
@@ -223,8 +223,7 @@ BITSMITH_256 void rows(const Weight& w, const two_level::Weight& as, const Input
         _mm256_storeu_ps(total + 8 * h, _mm256_fmadd_ps(whole, by_one, _mm256_loadu_ps(total + 8 * h)));
       }
   }
-  for (int64_t m = 0; m < x.m; ++m)
-    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, total[m * ROWS + r]);
+  for (int64_t m = 0; m < x.m; ++m) avx2::store16(y, m * w.n + nb * ROWS, dtype, total + m * ROWS, w.n - nb * ROWS);
 }
 
 inline Rows rows_of(const Weight& w) {

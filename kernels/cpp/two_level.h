@@ -1,6 +1,6 @@
 // Weights whose scales are small integers times one float for 256 inputs (GGUF's K-quants and IQ4_XS), with int8 activations. The integer
-// scale is applied where sums are widened from 16 to 32 bits, which costs nothing; floats meet once for 128 inputs. Beside them, with AVX-512
-// alone: 4-bit codes of a table whose groups have a float of 8 bits each (NVFP4, MXFP4), which meets their integer sum.
+// sums of groups meet their scales, floats once 128 inputs. Beside them, with AVX2 and AVX-512: 4-bit codes of a table whose groups have a float each
+// (NVFP4, MXFP4; with AVX2 IQ4_NL), which meets their integer sum.
 #pragma once
 #include "generic.h"
 
@@ -13,7 +13,7 @@ struct Weight {
   const uint8_t* codes;      // as common.h
   const uint8_t* scales;     // [row blocks][super blocks][bytes of 16 rows], see `sub_codes`
   const uint8_t* mins;       // like scales, unsigned; or null
-  const uint16_t* supers;    // float16 [row blocks][super blocks][16]; or null: scales are bytes [row blocks][k / group][16] of scale_dtype
+  const uint16_t* supers;    // float16 [row blocks][super blocks][16]; or null: scales are [row blocks][k / group][16] of scale_dtype
   const uint16_t* super_mins;
   const int8_t* table;       // [16] values of the codes, or null: the code is the number
   int64_t n, k;              // k a multiple of 256, without supers of 32
@@ -21,7 +21,7 @@ struct Weight {
   int32_t sub_bits;          // 4, 6 or 8
   int32_t offset;            // subtracted from a scale's code
   int32_t zero;              // subtracted from a weight's code
-  int32_t scale_dtype;       // E4M3_BYTE (groups of 16) or E8M0 (32)
+  int32_t scale_dtype;       // E4M3_BYTE (groups of 16), E8M0 or F16 (32)
   float factor;              // of all scales without supers
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }

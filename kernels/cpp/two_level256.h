@@ -90,7 +90,7 @@ BITSMITH_256_INLINE void chunk(const Weight& w, const Input& in, const uint8_t* 
     for (int h = 0; h < 2; ++h) dot[m][h] = _mm256_setzero_si256(), scaled[m][h] = _mm256_setzero_ps();
   for (int64_t b = 0; b < blocks; ++b, codes += 64 * (PACKED ? BITS : 8), q += 8 * NEXT) {
     __m256i v[16];
-    if constexpr (PACKED) avx2::ahead<BITS>(codes);
+    if constexpr (PACKED) ahead<BITS, 1>(codes);
     avx2::unpack<PACKED ? BITS : 8>(codes, v);
     if constexpr (PACKED && MOST) values(w.table, v);
 #pragma GCC unroll 8
@@ -212,7 +212,7 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     const uint8_t* packed = w.codes + first / BLOCK * 64 * BITS;
     for (int64_t b = 0; b < (x.m > 1 ? inputs / BLOCK : 0); ++b) {
       __m256i v[16];
-      avx2::ahead<BITS>(packed + b * 64 * BITS);
+      ahead<BITS, 2>(packed + b * 64 * BITS);
       avx2::unpack<BITS>(packed + b * 64 * BITS, v);
       if constexpr (MOST) values(w.table, v);
       for (int j = 0; j < 16; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 512 * b) + j, v[j]);
@@ -229,8 +229,7 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     for (int64_t half = 0; x.m == 1 && half * CHUNK < inputs; ++half)
       chunk<BITS, GROUP, SUB, MOST, 1, false, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, s * SUPER + half * CHUNK, half, 0, total);
   }
-  for (int64_t m = 0; m < x.m; ++m)
-    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, total[m * ROWS + r]);
+  for (int64_t m = 0; m < x.m; ++m) avx2::store16(y, m * w.n + nb * ROWS, dtype, total + m * ROWS, w.n - nb * ROWS);
 }
 
 // The largest values of tables: of IQ4_NL, and of FP4's doubles.

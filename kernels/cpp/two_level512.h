@@ -78,7 +78,7 @@ BITSMITH_512_INLINE void chunk(const Weight& w, const Input& in, const uint8_t* 
   for (int64_t b = 0; b < blocks; ++b, codes += 64 * BITS, q += 8 * NEXT) {
     __m512i v[8];
     // Bytes are those of grids512.h, which are near.
-    if constexpr (BITS < 8) avx512::ahead<BITS, MR>(codes);
+    if constexpr (BITS < 8) ahead<BITS, MR>(codes);
     avx512::unpack<BITS>(codes, v);
     if constexpr (TABLE) values(table, v);
     for (int part = 0; part < PARTS; ++part) {
