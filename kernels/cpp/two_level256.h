@@ -63,6 +63,9 @@ BITSMITH_256_INLINE __m256i spread(const void* p) {
   return _mm256_set1_epi32(four);
 }
 
+// The largest values of tables: of IQ4_NL, and of FP4's doubles.
+constexpr int IQ4NL = 127, FP4 = 12;
+
 // A weight of four inputs for each of 8 outputs. MOST: the largest size of those that have a sign, 0 where there is none.
 template <int MOST>
 struct Fours {
@@ -224,16 +227,13 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     }
     if constexpr (SUB != 0) scales<SUB, GROUP>(w, at, by);
     for (int64_t g = 0; g < (SUB ? 0 : inputs / GROUP); ++g)
-      for (int h = 0; h < 2; ++h) by.floats[g][h] = avx2::load8(w.scales, (first / GROUP + g) * ROWS + 8 * h, w.scale_dtype);
+      for (int h = 0; h < 2; ++h) by.floats[g][h] = avx2::load8(w.scales, (first / GROUP + g) * ROWS + 8 * h, GROUP == 16 ? E4M3_BYTE : MOST == FP4 ? E8M0 : F16);
     if (x.m > 1) super_block<BITS, GROUP, SUB, MOST>(w, x, codes, by, d, dmin, s, total);
     for (int64_t half = 0; x.m == 1 && half * CHUNK < inputs; ++half)
       chunk<BITS, GROUP, SUB, MOST, 1, false, true>(w, x, packed + half * 4 * 64 * BITS, by, d, dmin, s * SUPER + half * CHUNK, half, 0, total);
   }
   for (int64_t m = 0; m < x.m; ++m) avx2::store16(y, m * w.n + nb * ROWS, dtype, total + m * ROWS, w.n - nb * ROWS);
 }
-
-// The largest values of tables: of IQ4_NL, and of FP4's doubles.
-constexpr int IQ4NL = 127, FP4 = 12;
 
 // Null for a combination that no format has.
 inline Rows rows_of(const Weight& w) {
