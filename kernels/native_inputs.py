@@ -13,12 +13,16 @@ def rounded_activations(x: Tensor, group: int) -> Tensor:
 
     A chunk is the largest of 128, 64 and 32 inputs that divides the weight's group, 128 where a whole row is one.
     """
-    k = x.shape[1]
-    chunk = 128 if group >= k or group % 128 == 0 else 64 if group % 64 == 0 else 32
-    wide = torch.nn.functional.pad(x.float(), (0, -k % chunk)).unflatten(1, (-1, chunk))
+    whole = group >= x.shape[1] or group % 128 == 0
+    return rounded_chunks(x, 128 if whole else 64 if group % 64 == 0 else 32)
+
+
+def rounded_chunks(x: Tensor, chunk: int) -> Tensor:
+    """x [M, K] as float32, each `chunk` inputs of a row rounded to 255 steps."""
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % chunk)).unflatten(1, (-1, chunk))
     step = wide.abs().amax(-1, keepdim=True) / 127
     codes = (wide / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
-    return (codes * step).flatten(1)[:, :k]
+    return (codes * step).flatten(1)[:, : x.shape[1]]
 
 
 def int8_activations() -> bool:

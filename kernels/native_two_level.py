@@ -6,7 +6,8 @@ IQ4_XS), with int8 activations: cpp/two_level.h, two_level256.h (AVX2), two_leve
              With AVX2 and AVX-512 also FP4 (its doubles are the table) with an E4M3 scale for 16 inputs, and without
              AMX, whose tiles native.py uses, with a power of two for 32; with AVX2 alone, where native.py has no
              tables, IQ4_NL
-    x        rounded to int8 with a step for 128 inputs of a row; integer dot products are exact
+    x        rounded to int8 with a step for 256 inputs of a row, as llama.cpp does for these types (Q8_K), for 128 with
+             scales that are floats; integer dot products are exact
 
 The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from . import bits, blocks, codebook, native, ops
 from .families import family, level_codes
 from .minifloat import E2M1
+from .native_inputs import rounded_chunks
 from .qtensor import QTensor
 from .spec import Spec
 
@@ -185,9 +187,10 @@ def _packed(q: QTensor) -> dict[str, Tensor]:
     return parts
 
 
-def rounded_activations(x: Tensor) -> Tensor:
-    """The torch twin of what these products do to x [M, K]: float32, 128 inputs of a row rounded to 255 steps."""
-    return native.rounded_activations(x, 128)
+def rounded_activations(x: Tensor, spec: Spec) -> Tensor:
+    """The torch twin of what products with weights of `spec` do to x [M, K]: float32, 256 inputs of a row rounded to
+    255 steps, 128 where scales are floats."""
+    return rounded_chunks(x, SUPER if spec.two_level else SUPER // 2)
 
 
 def _linear(x: Tensor, header: Tensor, tensors: Sequence[Tensor | None], n: int, path: int = -1) -> Tensor:

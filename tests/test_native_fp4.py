@@ -35,7 +35,7 @@ def test_products(text: str, shape: tuple[int, int], path: str) -> None:
     for m in ROWS:
         x = torch.randn(m, shape[1])
         x[0, 0] = 30.0
-        assert error(product(x, path), native_two_level.rounded_activations(x), weight) < 1e-6
+        assert error(product(x, path), native_two_level.rounded_activations(x, q.spec), weight) < 1e-6
     alone = torch.cat([product(row[None], path) for row in x])
     assert torch.equal(product(x, path), alone)
 
@@ -69,7 +69,7 @@ def test_iq4_nl_without_avx512(shape: tuple[int, int], monkeypatch: pytest.Monke
     assert back.parts.keys() == q.parts.keys() and all(torch.equal(back.parts[part], t) for part, t in q.parts.items())
     for path, m in itertools.product(("generic", "avx2"), ROWS):
         x = torch.randn(m, shape[1])
-        assert error(product(x, path), native_two_level.rounded_activations(x), weight) < 1e-6
+        assert error(product(x, path), native_two_level.rounded_activations(x, q.spec), weight) < 1e-6
     for code in (0, 15):
         q.parts["codes"][:] = bits.pack(torch.full(shape, code), 4)
         product, weight = native_two_level.pack(q), q.dequantize()

@@ -18,6 +18,29 @@ constexpr int run(int bits) { return bits == 5 ? 4 : bits == 6 ? 2 : bits == 7 ?
 
 BITSMITH_256_INLINE __m256i word(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
+// 8 rows of 8 words -> 8 columns.
+BITSMITH_256_INLINE void transpose(__m256i (&v)[8]) {
+  __m256i t[8];
+  for (int j = 0; j < 8; j += 2) t[j] = _mm256_unpacklo_epi32(v[j], v[j + 1]), t[j + 1] = _mm256_unpackhi_epi32(v[j], v[j + 1]);
+  for (int j = 0; j < 8; j += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[j + 2 * h] = _mm256_unpacklo_epi64(t[j + h], t[j + h + 2]);
+      v[j + 2 * h + 1] = _mm256_unpackhi_epi64(t[j + h], t[j + h + 2]);
+    }
+  for (int j = 0; j < 4; ++j) t[j] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x20), t[j + 4] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x31);
+  for (int j = 0; j < 8; ++j) v[j] = t[j];
+}
+
+// `place` of int8 codes of TILE rows, the first at `from`: fours of each, whole 8s of them. The rows must be there, whatever they hold.
+BITSMITH_256 inline void place_codes(const int8_t* from, int64_t stride, int64_t fours, uint8_t* to) {
+  for (int64_t i = 0; i < fours; i += 8) {
+    __m256i v[8];
+    for (int r = 0; r < 8; ++r) v[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * stride + 4 * i));
+    transpose(v);
+    for (int j = 0; j < 8; ++j) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i + j) * TILE * 4), v[j]);
+  }
+}
+
 // The byte vectors of a block: rows 0-7 of vector j in v[2 j], rows 8-15 in v[2 j + 1].
 template <int BITS>
 BITSMITH_256_INLINE void unpack(const uint8_t* p, __m256i (&v)[16]) {

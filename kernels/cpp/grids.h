@@ -6,7 +6,6 @@
 
 namespace bitsmith::grids {
 
-using two_level::CHUNK;
 using two_level::Input;
 using two_level::SUPER;
 // What makes bytes without a sign of numbers.
@@ -141,13 +140,11 @@ inline void rows(const Weight& w, const two_level::Weight&, const Input& x, int6
     uint8_t scale[16][ROWS];
     with_form(w, [&](auto form) { decode<decltype(form)>(w, nb, s, number, scale); });
     for (int64_t m = 0; m < x.m; ++m)
-      for (int64_t half = 0; half < SUPER / CHUNK; ++half)
-        for (int64_t r = 0; r < ROWS; ++r) {
-          int32_t dot = 0;
-          for (int64_t i = half * CHUNK; i < (half + 1) * CHUNK; ++i)
-            dot += number[r][i] * scale[i / w.group][r] * x.q[m * x.stride + s * SUPER + i];
-          totals[m * ROWS + r] += super_of(w, nb, r, s) * x.step[m * (w.k / CHUNK) + s * 2 + half] * static_cast<float>(dot);
-        }
+      for (int64_t r = 0; r < ROWS; ++r) {
+        int32_t dot = 0;
+        for (int64_t i = 0; i < SUPER; ++i) dot += number[r][i] * scale[i / w.group][r] * x.q[m * x.stride + s * SUPER + i];
+        totals[m * ROWS + r] += super_of(w, nb, r, s) * x.step[m * (w.k / SUPER) + s] * static_cast<float>(dot);
+      }
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);

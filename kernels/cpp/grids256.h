@@ -137,19 +137,19 @@ BITSMITH_256 void decode(const Weight& w, int64_t nb, int64_t s, int8_t (*to)[SU
     }
 }
 
-// dot[half][16]: one row of activations q meets super block s of 16 outputs, numbers as they come.
+// dot[rows 0-7, 8-15]: one row of activations q meets super block s of 16 outputs, numbers as they come.
 template <class F>
-BITSMITH_256 void dots(const Weight& w, const int8_t* q, int64_t nb, int64_t s, int32_t (&dot)[2][ROWS]) {
+BITSMITH_256 void dots(const Weight& w, const int8_t* q, int64_t nb, int64_t s, __m256i (&dot)[2]) {
   static constexpr auto DOWN = each<uint32_t>([](int i) { return i * F::SCALE_BITS; });
   alignas(32) uint32_t lane[F::GROUPS / 8][ROWS];
-  __m256i sums[2][ROWS], x[8];
+  __m256i sums[ROWS], x[8];
   // As `numbers8` has them.
   for (int i = 0; i < 8; ++i) {
     const auto* at = reinterpret_cast<const __m128i*>(q + i / 2 * 64 + i % 2 * 16);
     x[i] = _mm256_set_m128i(_mm_loadu_si128(at + 2), _mm_loadu_si128(at));
   }
   for (int64_t r = 0; r < ROWS; ++r) {
-    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()}, scale[F::GROUPS / 8], before;
+    __m256i sum = _mm256_setzero_si256(), scale[F::GROUPS / 8], before;
     numbers<F>(w, nb, r, s, lane, [&](int o, __m256i v, __m256i negative) __attribute__((always_inline)) BITSMITH_256 {
       if (o == 0)
         for (int64_t i = 0; i < F::GROUPS / 8; ++i) scale[i] = scales8<F>(_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(lane[i][r])), load(DOWN)));
@@ -162,36 +162,26 @@ BITSMITH_256 void dots(const Weight& w, const int8_t* q, int64_t nb, int64_t s, 
       }
       const int g = 8 * o / F::GROUP % 8, next = g + 32 / F::GROUP;
       const __m256i own = _mm256_permutevar8x32_epi32(scale[8 * o / F::GROUP / 8], _mm256_setr_epi32(g, g, g, g, next, next, next, next));
-      sum[o / 16] = _mm256_add_epi32(sum[o / 16], _mm256_madd_epi16(products, own));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, own));
     });
-    sums[0][r] = sum[0], sums[1][r] = sum[1];
+    sums[r] = sum;
   }
-  for (int half = 0; half < 2; ++half)
-    for (int64_t r = 0; r < ROWS; r += 8) {
-      const __m256i* of = sums[half] + r;
-      const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(of[0], of[1]), _mm256_hadd_epi32(of[2], of[3]));
-      const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(of[4], of[5]), _mm256_hadd_epi32(of[6], of[7]));
-      const __m256i eight = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dot[half] + r), eight);
-    }
+  for (int h = 0; h < 2; ++h) {
+    const __m256i* of = sums + 8 * h;
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(of[0], of[1]), _mm256_hadd_epi32(of[2], of[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(of[4], of[5]), _mm256_hadd_epi32(of[6], of[7]));
+    dot[h] = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+  }
 }
 
 // [16][256] -> [64 fours][16][4]
 BITSMITH_256_INLINE void side_by_side(const int8_t (*from)[SUPER], uint8_t* to) {
   for (int64_t r = 0; r < ROWS; r += 8)
     for (int64_t i = 0; i < SUPER; i += 32) {
-      __m256i v[8], t[8];
+      __m256i v[8];
       for (int j = 0; j < 8; ++j) v[j] = avx2::word(reinterpret_cast<const uint8_t*>(from[r + j] + i));
-      for (int j = 0; j < 8; j += 2) t[j] = _mm256_unpacklo_epi32(v[j], v[j + 1]), t[j + 1] = _mm256_unpackhi_epi32(v[j], v[j + 1]);
-      for (int j = 0; j < 8; j += 4)
-        for (int h = 0; h < 2; ++h) {
-          v[j + 2 * h] = _mm256_unpacklo_epi64(t[j + h], t[j + h + 2]);
-          v[j + 2 * h + 1] = _mm256_unpackhi_epi64(t[j + h], t[j + h + 2]);
-        }
-      for (int j = 0; j < 8; ++j) {
-        const __m256i eight = j < 4 ? _mm256_permute2x128_si256(v[j], v[j + 4], 0x20) : _mm256_permute2x128_si256(v[j - 4], v[j], 0x31);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), eight);
-      }
+      avx2::transpose(v);
+      for (int j = 0; j < 8; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(to + (i / 4 + j) * 64 + 4 * r), v[j]);
     }
 }
 
@@ -203,25 +193,22 @@ BITSMITH_256 void rows(const Weight& w, const two_level::Weight& as, const Input
   alignas(32) int8_t number[ROWS][SUPER];
   alignas(32) uint8_t codes[SUPER * ROWS];
   two_level::vectors::Scales by;
-  const __m256 none[2] = {};
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
     alignas(32) float super[ROWS];
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
-    const __m256 d[2] = {_mm256_load_ps(super), _mm256_load_ps(super + 8)};
+    for (int h = 0; h < 2; ++h) by.d[h] = _mm256_load_ps(super + 8 * h);
     if (x.m > 1) {
       decode<F>(w, nb, s, number, by);
       side_by_side(number, codes);
-      two_level::vectors::super_block<8, F::GROUP, 8, MOST>(as, x, codes, by, d, none, s, total);
+      two_level::vectors::span<8, F::GROUP, 8, MOST>(as, x, codes, by, s, total);
       continue;
     }
-    int32_t dot[2][ROWS];
+    __m256i dot[2];
     dots<F>(w, x.q.data() + s * SUPER, nb, s, dot);
-    for (int half = 0; half < 2; ++half)
-      for (int h = 0; h < 2; ++h) {
-        const __m256 whole = _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(dot[half] + 8 * h)));
-        const __m256 by_one = _mm256_mul_ps(d[h], _mm256_set1_ps(x.step[2 * s + half]));
-        _mm256_storeu_ps(total + 8 * h, _mm256_fmadd_ps(whole, by_one, _mm256_loadu_ps(total + 8 * h)));
-      }
+    for (int h = 0; h < 2; ++h) {
+      const __m256 step = _mm256_mul_ps(by.d[h], _mm256_set1_ps(x.step[s]));
+      _mm256_storeu_ps(total + 8 * h, _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[h]), step, _mm256_loadu_ps(total + 8 * h)));
+    }
   }
   for (int64_t m = 0; m < x.m; ++m) avx2::store16(y, m * w.n + nb * ROWS, dtype, total + m * ROWS, w.n - nb * ROWS);
 }

@@ -137,9 +137,9 @@ BITSMITH_512_INLINE __m512i shift_of(__m512i from, int32_t bit) {
   return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(from, _mm512_set1_epi32(bit)), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
 }
 
-// Super block s of 16 outputs: their numbers plus 128, the scales of their groups.
+// Super block s of 16 outputs: their numbers plus 128, the scales of their groups, of which `super` is a factor.
 template <class F>
-BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Scales& by) {
+BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* super, uint8_t* to, Scales& by) {
   constexpr int64_t GROUPS = F::GROUPS;
   alignas(64) uint32_t lane[GROUPS / 8][ROWS];
   const uint8_t* codes[ROWS];
@@ -153,7 +153,8 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, uint8_t* to, Sc
   __m512i shift[GROUPS];
   for (int64_t g = 0; g < GROUPS; ++g) {
     const __m512i code = _mm512_srli_epi32(_mm512_load_si512(lane[g / 8]), static_cast<uint32_t>(g % 8 * F::SCALE_BITS));
-    by.scale[g] = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(code, mask), 1), _mm512_set1_epi32(1));
+    const __m512i scale = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(code, mask), 1), _mm512_set1_epi32(1));
+    by.scale[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(scale), _mm512_load_ps(super));
     if constexpr (F::GROUP_SHIFT) shift[g] = shift_of(code, F::MASK + 1);
   }
   for (int64_t half = 0; half < 2; ++half) {
@@ -182,9 +183,9 @@ BITSMITH_512 void rows(const Weight& w, const two_level::Weight& as, const Input
   alignas(64) float super[ROWS];
   Scales by;
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
-    decode<F>(w, nb, s, number, by);
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
-    two_level::wide::super_block<8, F::GROUP, 8, false>(as, x, number, by, __m512i{}, _mm512_load_ps(super), __m512{}, s, totals.data());
+    decode<F>(w, nb, s, super, number, by);
+    two_level::wide::span<8, F::GROUP, 8, false>(as, x, number, by, __m512i{}, __m512{}, s, totals.data());
   }
   for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals.data() + m * ROWS), w.n - nb * ROWS);
 }

@@ -125,6 +125,7 @@ int32_t choose(const Weight& w, int64_t m) {
   return m <= few ? AVX512 : m < panels ? AMX : FOLDED;
 }
 
+#if BITSMITH_X86
 // record(tile, step, bytes) for every tile of m rows and every step, in their order.
 template <class Record>
 void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vector<uint8_t>& out, const Record& record) {
@@ -132,10 +133,11 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
   if (static_cast<int64_t>(out.size()) < count * size) out.resize(static_cast<size_t>(count * size));
   pool().run(count, threads, [&](int64_t i) { record(i % tiles, i / tiles, out.data() + i * size); });
 }
+#endif
 
 // Rows that go through a product together: activations of more would leave the second-level cache between two blocks of outputs (4096 x 14336,
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
-constexpr int64_t TOGETHER = 1 << 20;
+constexpr int64_t TOGETHER = 1 << 19;
 
 int64_t together(int64_t m, int64_t k) {
   const int64_t parts = std::max<int64_t>(1, (m * k + TOGETHER - 1) / TOGETHER);
@@ -174,11 +176,11 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-// Parts of the rows one after the other: rounds their activations and records them, then rows(activations, nb, y of the part) for each block of
-// 16 outputs.
+// Parts of the rows one after the other: rounds their activations (`pairs`: and records them, with pairs of sums or without), then
+// rows(activations, nb, y of the part) for each block of 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
-                       two_level::Recorded recorded, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+                       [[maybe_unused]] const bool* pairs, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -188,11 +190,11 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     void* to = row_of(y, first * w.n, y_dtype);
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
-    if (recorded != two_level::NOTHING && two_level::recorded(part)) {
-      const bool pairs = recorded == two_level::PAIRS;
-      records(part, w.chunks(), two_level::record_bytes(w.group, pairs), threads, in.records,
-              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, pairs, tile, chunk, to); });
-    }
+#if BITSMITH_X86
+    if (pairs && two_level::recorded(part))
+      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, *pairs), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, *pairs, tile, chunk, to); });
+#endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
 }
@@ -308,11 +310,11 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  two_level::Recorded recorded = two_level::NOTHING;
+  const bool* recorded = nullptr;
 #if BITSMITH_X86
+  const bool wide = path != AVX2 && avx512::supported(), pairs = !wide || w.mins;
   if (path != GENERIC) {
-    const bool wide = path != AVX2 && avx512::supported();
-    recorded = wide && !w.mins ? two_level::STARTS : two_level::PAIRS;
+    recorded = &pairs;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
@@ -333,13 +335,14 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   const grids::Weight& w = *weight;
   two_level::Weight as{};
   as.n = w.n, as.k = w.k, as.group = w.group;
+  as.supers = w.supers;  // For `chunk` alone: they lie otherwise.
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  two_level::Recorded recorded = two_level::NOTHING;
+  const bool* recorded = nullptr;
 #if BITSMITH_X86
+  const bool wide = path != AVX2 && avx512::supported(), pairs = !wide;
   if (path != GENERIC) {
-    const bool wide = path != AVX2 && avx512::supported();
-    recorded = wide ? two_level::STARTS : two_level::PAIRS;
+    recorded = &pairs;
     if (wide) as.zero = grids::BIAS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);

@@ -49,7 +49,7 @@ BITSMITH_NEON_INLINE void levels(const Weight& w, int64_t at, Levels& out) {
 // total[16 outputs] += 128 inputs of row m: dot without mins, which are added here.
 template <int GROUP>
 BITSMITH_NEON_INLINE void add(const Weight& w, const Input& x, int64_t m, int64_t chunk, const int32x4_t (&dot)[4], const Levels& by, float* total) {
-  const float step = x.step[m * (w.k / CHUNK) + chunk];
+  const float step = x.step[m * w.chunks() + chunk * CHUNK / SUPER];
   const int16_t* sums = x.sums.data() + m * (w.k / 16) + chunk * (CHUNK / 16);
   for (int t = 0; t < 4; ++t) {
     float32x4_t value = vmulq_f32(vcvtq_f32_s32(dot[t]), by.d[t]);
@@ -193,14 +193,14 @@ void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
 
 // One row of activations: what `two_level::prepare` does.
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  for (int64_t c = 0; c < w.k / CHUNK; ++c) {
-    const int64_t at = row * w.k + c * CHUNK;
-    const float peak = largest(x, at, CHUNK, dtype, CHUNK), inverse = peak > 0 ? 127 / peak : 0;
-    in.step[row * (w.k / CHUNK) + c] = peak / 127;
-    for (int64_t i = 0; i < CHUNK; i += 16) {
-      const int8x16_t bytes = rounded16(x, at + i, dtype, CHUNK, inverse);
-      vst1q_s8(in.q.data() + row * in.stride + c * CHUNK + i, bytes);
-      in.sums[row * (w.k / 16) + (c * CHUNK + i) / 16] = vaddlvq_s8(bytes);
+  for (int64_t c = 0; c < w.chunks(); ++c) {
+    const int64_t at = row * w.k + c * SUPER;
+    const float peak = largest(x, at, SUPER, dtype, SUPER), inverse = peak > 0 ? 127 / peak : 0;
+    in.step[row * w.chunks() + c] = peak / 127;
+    for (int64_t i = 0; i < SUPER; i += 16) {
+      const int8x16_t bytes = rounded16(x, at + i, dtype, SUPER, inverse);
+      vst1q_s8(in.q.data() + row * in.stride + c * SUPER + i, bytes);
+      in.sums[row * (w.k / 16) + (c * SUPER + i) / 16] = vaddlvq_s8(bytes);
     }
   }
 }

@@ -1,6 +1,6 @@
 // Weights whose scales are small integers times one float for 256 inputs (GGUF's K-quants and IQ4_XS), with int8 activations. The integer
-// sums of groups meet their scales, floats once 128 inputs. Beside them, with AVX2 and AVX-512: 4-bit codes of a table whose groups have a float each
-// (NVFP4, MXFP4; with AVX2 IQ4_NL), which meets their integer sum.
+// sums of groups meet their scales, activations' steps once for 128 or 256 inputs. Beside them, with AVX2 and AVX-512: 4-bit codes of a table whose
+// groups have a float each (NVFP4, MXFP4; with AVX2 IQ4_NL), which meets their integer sum.
 #pragma once
 #include "generic.h"
 
@@ -26,19 +26,21 @@ struct Weight {
 
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t super_blocks() const { return (k + SUPER - 1) / SUPER; }
-  int64_t chunks() const { return (k + CHUNK - 1) / CHUNK; }
+  // Inputs of a row that are rounded together: a super block, as llama.cpp has it, and with float scales half of one.
+  int64_t chunk() const { return supers ? SUPER : CHUNK; }
+  int64_t chunks() const { return (k + chunk() - 1) / chunk(); }
   int64_t groups() const { return SUPER / group; }
   int64_t sub_bytes() const { return groups() * ROWS * sub_bits / 8; }
 };
 
-// Activations: int8 [m][stride], a step for 128 inputs, sums of 16 codes.
+// Activations: int8 [m][stride], a step for a chunk, sums of 16 codes.
 struct Input {
   int64_t m, stride;
   std::vector<int8_t> q;
-  std::vector<uint8_t> records;
+  std::vector<uint8_t> records;  // of two_level256.h
   std::vector<float> step;     // [m][chunks]
   std::vector<int16_t> sums;   // [m][k / 16]
-  std::vector<int16_t> group_sums;  // of AVX2 and AVX-512, without `sums`: [m][k / group]
+  std::vector<int16_t> group_sums;  // of two_level256.h: [m][k / group]
   std::vector<int32_t> start;       // of two_level512.h: [m][k / group], what a group's sum begins with
 };
 
@@ -48,7 +50,7 @@ inline void shape(const Weight& w, int64_t m, Input& x) {
   const auto grow = [](auto& v, int64_t size) {
     if (static_cast<int64_t>(v.size()) < size) v.resize(static_cast<size_t>(size));
   };
-  grow(x.q, m * x.stride);
+  grow(x.q, (m + TILE - 1) / TILE * TILE * x.stride);
   grow(x.step, m * w.chunks());
   grow(x.sums, m * (w.k / 16));
   grow(x.group_sums, m * (w.k / 16));
@@ -87,8 +89,9 @@ inline void pack_sub_codes(const uint8_t (*codes)[ROWS], int32_t bits, int64_t g
 }
 
 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
+  const int64_t chunk = w.chunk();
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    const int64_t at = row * w.k + c * CHUNK, count = std::min(CHUNK, w.k - c * CHUNK);
+    const int64_t at = row * w.k + c * chunk, count = std::min(chunk, w.k - c * chunk);
     float peak = 0;
     for (int64_t i = 0; i < count; ++i) peak = std::max(peak, std::fabs(load(x, at + i, dtype)));
     const float inverse = peak > 0 ? 127 / peak : 0;
@@ -97,10 +100,10 @@ inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, 
       int32_t sum = 0;
       for (int64_t j = i; j < i + 16; ++j) {
         const int32_t q = static_cast<int32_t>(std::nearbyint(load(x, at + j, dtype) * inverse));
-        in.q[row * in.stride + c * CHUNK + j] = static_cast<int8_t>(q);
+        in.q[row * in.stride + c * chunk + j] = static_cast<int8_t>(q);
         sum += q;
       }
-      in.sums[row * (w.k / 16) + (c * CHUNK + i) / 16] = static_cast<int16_t>(sum);
+      in.sums[row * (w.k / 16) + (c * chunk + i) / 16] = static_cast<int16_t>(sum);
     }
   }
 }
@@ -135,21 +138,19 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
     sub_codes(w.scales + (nb * supers + s) * w.sub_bytes(), w.sub_bits, groups, scale);
     if (w.mins) sub_codes(w.mins + (nb * supers + s) * w.sub_bytes(), w.sub_bits, groups, min);
     for (int64_t m = 0; m < x.m; ++m)
-      for (int64_t half = 0; half < SUPER / CHUNK; ++half)
-        for (int64_t r = 0; r < ROWS; ++r) {
-          int32_t dot = 0, low = 0;
-          for (int64_t i = half * CHUNK; i < (half + 1) * CHUNK; ++i) {
-            const uint8_t code = codes[i / 32][64 * (i % 32 / 4) + 4 * r + i % 4];
-            const int32_t value = (w.table ? w.table[code] : code) - w.zero, by = scale[i / w.group][r] - w.offset;
-            const int32_t q = x.q[m * x.stride + s * SUPER + i];
-            dot += value * by * q;
-            low += min[i / w.group][r] * q;
-          }
-          const float step = x.step[m * (w.k / CHUNK) + s * 2 + half];
-          const int64_t at = (nb * supers + s) * ROWS + r;
-          const float offset = w.mins ? half_to_float(w.super_mins[at]) * static_cast<float>(low) : 0.0f;
-          totals[m * ROWS + r] += step * (half_to_float(w.supers[at]) * static_cast<float>(dot) + offset);
+      for (int64_t r = 0; r < ROWS; ++r) {
+        int32_t dot = 0, low = 0;
+        for (int64_t i = 0; i < SUPER; ++i) {
+          const uint8_t code = codes[i / 32][64 * (i % 32 / 4) + 4 * r + i % 4];
+          const int32_t value = (w.table ? w.table[code] : code) - w.zero, by = scale[i / w.group][r] - w.offset;
+          const int32_t q = x.q[m * x.stride + s * SUPER + i];
+          dot += value * by * q;
+          low += min[i / w.group][r] * q;
         }
+        const int64_t at = (nb * supers + s) * ROWS + r;
+        const float offset = w.mins ? half_to_float(w.super_mins[at]) * static_cast<float>(low) : 0.0f;
+        totals[m * ROWS + r] += x.step[m * supers + s] * (half_to_float(w.supers[at]) * static_cast<float>(dot) + offset);
+      }
   }
   for (int64_t m = 0; m < x.m; ++m)
     for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, totals[m * ROWS + r]);
@@ -157,47 +158,5 @@ inline void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t d
 
 // Null for a combination that no format has.
 using Rows = void (*)(const Weight&, const Input&, int64_t nb, void* y, int32_t dtype);
-
-// What kernels find beside codes of four inputs in a record: starts of groups, or pairs of their sums.
-enum Recorded : int32_t { NOTHING = 0, STARTS = 1, PAIRS = 2 };
-
-// 128 inputs of TILE rows, `place`d: codes of four inputs, then starts of groups or pairs of their sums, the step. Records of the tiles follow each
-// other, then those of the next 128 inputs: the order they are read in.
-constexpr int64_t record_bytes(int64_t group, bool pairs) { return (CHUNK + CHUNK / group / (pairs ? 2 : 1) * 4 + 4) * TILE; }
-
-// Whether the activations of m rows are recorded (5632 x 2048 of Q4_K, AVX-512, one core, 2 rows: 0.43 ms so, 0.32 from row to row). A tile's missing
-// rows are multiplied too, whatever they hold.
-constexpr bool recorded(int64_t m) { return m > 4; }
-
-inline void record(const Weight& w, const Input& x, bool pairs, int64_t tile, int64_t chunk, uint8_t* to) {
-  const int64_t groups = w.k / w.group, from = chunk * CHUNK, inputs = std::min(CHUNK, w.k - from), first = from / w.group;
-  for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    place(x.q.data() + row * x.stride + from, inputs / 4, to);
-    if (pairs) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + CHUNK * TILE);
-    else place(x.start.data() + row * groups + first, inputs / w.group, to + CHUNK * TILE);
-    place(x.step.data() + row * w.chunks() + chunk, 1, to + record_bytes(w.group, pairs) - TILE * 4);
-  }
-}
-
-// Where 128 inputs of some rows of activations lie: from row to row, or in a record.
-struct Rows128 {
-  const char *q, *start, *step;
-  int64_t q_row, start_row, step_row;
-};
-
-template <int GROUP, bool IN_PAIRS>
-inline __attribute__((always_inline)) Rows128 apart(const Weight& w, const Input& x, int64_t m, int64_t at) {
-  const int64_t groups = w.k / GROUP, group = m * groups + at / GROUP, width = IN_PAIRS ? 2 : 4;
-  const void* start = IN_PAIRS ? static_cast<const void*>(x.group_sums.data() + group) : x.start.data() + group;
-  return {reinterpret_cast<const char*>(x.q.data() + m * x.stride + at), static_cast<const char*>(start),
-          reinterpret_cast<const char*>(x.step.data() + m * w.chunks() + at / CHUNK), x.stride, groups * width, w.chunks() * 4};
-}
-
-template <int GROUP, bool IN_PAIRS>
-inline __attribute__((always_inline)) Rows128 in_record(const Weight& w, const Input& x, int64_t m, int64_t at) {
-  const int64_t tiles = (x.m + TILE - 1) / TILE, size = record_bytes(GROUP, IN_PAIRS);
-  const char* p = reinterpret_cast<const char*>(x.records.data()) + (at / CHUNK * tiles + m / TILE) * size + m % TILE * 4;
-  return {p, p + CHUNK * TILE, p + size - TILE * 4, 4, 4, 4};
-}
 
 }  // namespace bitsmith::two_level

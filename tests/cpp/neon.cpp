@@ -217,7 +217,7 @@ double compare(const TwoLevel& f, int64_t n, int64_t k, int64_t rows, bool extre
   w.offset = f.mins ? 0 : 1 << (f.sub_bits - 1), w.zero = f.mins || f.table ? 0 : 1 << (f.bits - 1);
   std::vector<double> wanted(static_cast<size_t>(rows * n)), size(wanted.size());
   for (int64_t m = 0; m < rows; ++m) {
-    const std::vector<double> in = rounded(x, m, k, two_level::CHUNK);
+    const std::vector<double> in = rounded(x, m, k, two_level::SUPER);
     for (int64_t r = 0; r < n; ++r)
       for (int64_t i = 0; i < k; ++i) {
         const int64_t g = i / f.group, at = (r / ROWS * supers + i / two_level::SUPER) * ROWS + r % ROWS;
