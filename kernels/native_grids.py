@@ -1,5 +1,6 @@
 """Products of the native library for codes that are indices and signs of a named grid (kernels/grids.py; GGUF's IQ1,
-IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h (AVX2), grids512.h (AVX-512).
+IQ2 and IQ3 types), with int8 activations as native_two_level.py has them: cpp/grids.h, grids256.h (AVX2), grids512.h
+(AVX-512).
 
 The QTensor is read as it is: nothing is packed, and nothing is kept beside it but the grid.
 """

