@@ -119,7 +119,7 @@ def _fit_all(w: Tensor, importance: Tensor, spec: Spec, settings: Settings) -> t
 
 
 def _fit_group(w: Tensor, importance: Tensor, spec: Spec, settings: Settings) -> Params:
-    return family(spec).grid.fit(w, replace(spec, group=w.shape[1]), importance if settings.mse else None)
+    return family(spec).grid.fit(w, replace(spec, group=w.shape[1], act=""), importance if settings.mse else None)
 
 
 def _join(groups: list[Params]) -> Params:

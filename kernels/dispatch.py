@@ -5,8 +5,8 @@
     CPU tensors                  kernels/cpu.py, in bfloat16
 
 `BITSMITH_KERNELS=reference|triton|cpu` (paths.py) forces one of the three, whatever the dtype. A model loaded with
-exact=True stays exact, and its activations are never rounded: a spec that ends in `.a8` then means its weights alone.
-To see what its activations cost, load it in float32 without exact=True.
+exact=True stays exact, and its activations are never rounded: a spec that ends in `.a8` or `.a4` then means its weights
+alone. To see what its activations cost, load it in float32 without exact=True.
 
 What a product holds replaces the QTensor: it gives the very same one back (`qtensor`), so saving after a forward pass
 equals saving before, and nothing is kept twice.
@@ -14,7 +14,7 @@ equals saving before, and nothing is kept twice.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,7 +38,7 @@ class Matmul(Protocol):
 
     @property
     def name(self) -> str:
-        """Which path this is: reference, triton, native, native-a8, int4pack, lookup, int8, or a8+one of them."""
+        """Which path this is: reference, triton, native, native-a8, int4pack, lookup, int8; a8+ or a4+one of them."""
         ...
 
     @property
@@ -124,23 +124,24 @@ class Shaped:
 
 @dataclass(frozen=True)
 class RoundedInput:
-    """8-bit activations by arithmetic: each token is rounded to what activation.py says goes with the weight, then any
-    Matmul follows."""
+    """Activations of fewer bits by arithmetic: each token is rounded to what activation.py says goes with the weight,
+    then any Matmul follows."""
 
     inner: Matmul
-    # Of the weight.
+    # Of the weight, with the activations asked for.
     spec: Spec
+    step: Tensor | None
 
     @property
     def name(self) -> str:
-        return f"a8+{self.inner.name}"
+        return f"{self.spec.act}+{self.inner.name}"
 
     @property
     def nbytes(self) -> int:
         return self.inner.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.inner(activation.rounded(x, self.spec))
+        return self.inner(activation.rounded(x, self.spec, self.step))
 
     def qtensor(self) -> QTensor:
         return self.inner.qtensor()
@@ -149,35 +150,46 @@ class RoundedInput:
 def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "") -> Matmul:
     """The product of `q` for inputs of `dtype`. The caller drops `q`.
 
-    exact: dequantized values exactly, whatever it costs, and activations as they are. act: "" or "a8" (activations in
-    8 bits, activation.py), in addition to what the spec asks for. Raises UserError for what `check_act` refuses, an
-    unknown BITSMITH_KERNELS, or one that this tensor's device rules out.
+    exact: dequantized values exactly, whatever it costs, and activations as they are. act: what the spec asks for (""),
+    or instead "a8" (activations in 8 bits, activation.py), or "a4", which only weights that `takes_a4` follow. Raises
+    UserError for what `check_act` refuses, an unknown BITSMITH_KERNELS, or one that this tensor's device rules out.
     """
     check_act(act, exact)
-    act = "" if exact else act or q.spec.act
+    spec = replace(q.spec, act="" if exact else _asked(q.spec, act))
     path = "reference" if exact else _path(q, dtype)
     inner = core(q)
-    if path == "cpu" and act and (found := cpu.int8_linear(inner)):
+    if path == "cpu" and spec.act and (found := cpu.int8_linear(inner)):
         return _shaped(found, q)
     if path == "cpu":
         product: Matmul = _shaped(cpu.prepare(inner), q)
-    elif path == "triton" and act and (native := _native(q, dtype)):
+    elif path == "triton" and spec.act and (native := _native(q, spec, dtype)):
         return native
     elif path == "triton":
         product = _triton(q, dtype)
     else:
         product = Reference(q.read())
-    return RoundedInput(product, q.spec) if act else product
+    return RoundedInput(product, spec, q.parts.get("act_step")) if spec.act else product
 
 
 def check_act(act: str, exact: bool) -> None:
     """UserError for an activation quantization that is unknown, or asked for beside `exact`."""
     if act not in ACTS:
-        raise UserError(f"activation quantization is {act!r}; accepted: a8 (8 bits per token), or leave it out")
+        raise UserError(
+            f"activation quantization is {act!r}; accepted: a8 (8 bits per token), a4 (FP4, where weights are NVFP4), "
+            "or leave it out"
+        )
     if exact and act:
         raise UserError(
-            f"exact=True never rounds activations and act={act!r} asks for 8 bits of them; leave one of the two out"
+            f"exact=True never rounds activations and act={act!r} asks for {act.removeprefix('a')} bits of them; "
+            "leave one of the two out"
         )
+
+
+def _asked(spec: Spec, act: str) -> str:
+    if act == "a4" and not spec.takes_a4:
+        log.info("%s: a4 activations go with NVFP4 weights only; left as the spec says", spec)
+        return spec.act
+    return act or spec.act
 
 
 def _path(q: QTensor, dtype: torch.dtype) -> str:
@@ -197,15 +209,16 @@ def _shaped(product: Core, q: QTensor) -> Shaped:
     return Shaped(product, q.spec, q.shape, sides(q.parts), stepped)
 
 
-def _native(q: QTensor, dtype: torch.dtype) -> Matmul | None:
-    """The product in 8-bit tensor cores, or None where the GPU or the layout has none."""
+def _native(q: QTensor, spec: Spec, dtype: torch.dtype) -> Matmul | None:
+    """The product in 8- or 4-bit tensor cores, or None where the GPU or the layout has none; spec: with the activations
+    asked for."""
     from . import cuda, scaled
 
     capability = cuda.capability_of(q.parts["codes"].device)
-    if problem := scaled.problem(q, capability):
+    if problem := scaled.problem(spec, q.shape[1], capability):
         log.info("%s: %s; activations are rounded and weights decoded", q.spec, problem)
         return None
-    return scaled.prepare(q, cuda.compute_dtype(dtype, capability))
+    return scaled.prepare(q, cuda.compute_dtype(dtype, capability), spec.act)
 
 
 def _triton(q: QTensor, dtype: torch.dtype) -> Matmul:

@@ -61,7 +61,7 @@ class MinifloatGrid:
 
     def nearest(self, w: Tensor, spec: Spec, params: Params) -> tuple[Tensor, Tensor]:
         if spec.table == "e2m1":
-            codes = _nearest_e2m1(w / params.scale)
+            codes = nearest_e2m1(w / params.scale)
             return codes, value(spec, codes, {}) * params.scale
         dtype = FLOATS[spec.table]
         largest = torch.finfo(dtype).max
@@ -72,7 +72,7 @@ class MinifloatGrid:
         return {"scales": one_level_parts(spec, params.scale), **params.parts}
 
 
-def _nearest_e2m1(w: Tensor) -> Tensor:
+def nearest_e2m1(w: Tensor) -> Tensor:
     """uint8 codes; a number half-way between two takes the even code, one beyond the largest the largest."""
     edges = _edges(w.device)
     below = torch.bucketize(w.abs(), edges)

@@ -13,6 +13,7 @@ groups of `Spec.group` columns. Parts are named tensors:
     super_scales, scale_table, scale_offset   the second level of a two-level scale, [R' * G / PER] of them
     super_mins                                that of the mins
     global_scale  float [], multiplies one-level scales (NVFP4)
+    act_step      float [], the step of `a4` activations of all tokens (activation.py); absent: each token its own
     in_scale float [K], perm int32 [K] (input feature held by packed column j), out_scale float [N]
             what `pre` and `post` need (kernels/transform.py); K and N are those of the matrix: a Hadamard transform
             takes whole blocks, so its weight is padded to them

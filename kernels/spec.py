@@ -13,7 +13,7 @@ printed):
     codebook4.rowtable.channel   a table of 16 values for each output row (SqueezeLLM)
     affine4.g32.min.u6:f16:8     weight = code * scale + min; scales and mins are 6-bit codes, one f16 super scale and
                                  one f16 super min per 8 of them (GGUF Q4_K)
-    minifloat4.e2m1.g16.ue4m3    FP4, one E4M3 scale per 16 weights (NVFP4)
+    minifloat4.e2m1.g16.ue4m3    FP4, one E4M3 scale per 16 weights (NVFP4); .a4: of such activations (NVFP4 W4A4)
     codebook4.iq4nl.g32          a named table that never travels with a tensor (GGUF IQ4_NL)
     codebook15.iq2xxs.v8.g32.u4:f16:8  a named grid: one code for 8 weights, its index and signs (GGUF IQ2_XXS)
     codebook8.v8.x2.channel      two 8-bit codes per 8 weights, each the row of a table; the rows are added (AQLM 2x8)
@@ -31,7 +31,7 @@ FAMILIES = {"affine": 8, "minifloat": 8, "codebook": 16, "trellis": 8}
 SCALES = ("f16", "bf16", "f32", "e8m0", "ue4m3")
 ZEROS = ("none", "sym", "one", "asym", "zf16", "zbf16", "zf32", "min")
 VIEWS = ("", "flat", "axis0")
-ACTS = ("", "a8")
+ACTS = ("", "a8", "a4")
 VECS = (1, 2, 4, 8)
 # Steps around the product, each side in the order they are applied. kernels/transform.py says what they do.
 PRES = ("inscale", "perm", "had")
@@ -118,7 +118,8 @@ class Spec:
     view: str = ""
     # Steps applied to the input before the product, in the order of PRES: "inscale", "perm", "had128".
     pre: tuple[str, ...] = ()
-    # Activation quantization: "" = none, "a8" = 8 bits: int8 per token, FP8 where weights are (activation.py).
+    # Activation quantization (activation.py): "" = none, "a8" = 8 bits: int8 per token, FP8 where weights are, "a4" =
+    # FP4 with scales as the weight's (NVFP4).
     act: str = ""
     # Consecutive inputs one code stands for (codebook).
     vec: int = 1
@@ -148,7 +149,9 @@ class Spec:
         if self.view not in VIEWS:
             return f"unknown view {self.view!r}; accepted: flat, axis0 or none"
         if self.act not in ACTS:
-            return f"unknown activation quantization {self.act!r}; accepted: a8 or none"
+            return f"unknown activation quantization {self.act!r}; accepted: a8, a4 or none"
+        if self.act == "a4" and not self.takes_a4:
+            return "a4 activations meet weights of minifloat4.e2m1.g16.ue4m3 only; accepted: a8 or none"
         return self._code_problem()
 
     def _code_problem(self) -> str:
@@ -192,6 +195,11 @@ class Spec:
         if self.view and (self.in_block, self.out_block) != (1, 1):
             return f"a Hadamard transform around a {self.view} view; accepted: no view"
         return ""
+
+    @property
+    def takes_a4(self) -> bool:
+        """Whether the weight is of the numbers and scales that `a4` makes of activations."""
+        return (self.table, self.group, self.rows, self.scale) == ("e2m1", 16, 1, "ue4m3")
 
     @property
     def two_level(self) -> tuple[str, int] | None:
@@ -241,12 +249,12 @@ class Spec:
         return replace(self, pre=tuple(p for p in self.pre if p != "perm"))
 
     def without_steps(self) -> "Spec":
-        """The same storage with nothing around the product."""
-        return replace(self, pre=(), post=())
+        """The same storage with nothing around the product, activations as they are."""
+        return replace(self, pre=(), post=(), act="")
 
     def as_compiled(self) -> "Spec":
         """What device kernels are compiled for: the same codes and scales, without view, steps or activation."""
-        return replace(self.without_steps(), view="", act="")
+        return replace(self.without_steps(), view="")
 
     def _text(self) -> str:
         group = "channel" if self.group == -1 else f"g{self.group}"

@@ -30,8 +30,8 @@ from . import ops
 from .paths import takes_triton
 from .spec import Spec
 
-# The parts of a QTensor that belong to steps.
-PARTS = ("in_scale", "perm", "out_scale")
+# The parts of a QTensor that belong to steps, and to the rounding of the input (activation.py).
+PARTS = ("in_scale", "perm", "out_scale", "act_step")
 # Largest block multiplied by its whole matrix.
 _WHOLE = 64
 # Largest block of the device kernel: 4096 float32 are 32 registers of each of 128 threads.
@@ -39,7 +39,7 @@ KERNEL_BLOCK = 4096
 
 
 def sides(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `parts` that belong to steps."""
+    """Those of `parts` that are not the weight's, but of what is done around its product."""
     return {name: parts[name] for name in PARTS if name in parts}
 
 

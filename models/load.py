@@ -70,7 +70,8 @@ def load_model(
     `dtype` is that of activations and unquantized weights; None takes float32 on the CPU (where logits then equal the
     producing library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference
     path: every weight is dequantized in float32 and rounded once to `dtype`, and activations are never rounded, not
-    even where the checkpoint says so. `act="a8"` asks for 8-bit activations where a weight has one scale a row.
+    even where the checkpoint says so. `act="a8"` asks for 8-bit activations where a weight has one scale a row, "a4"
+    for FP4 ones where it is NVFP4 (kernels/activation.py).
 
     Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete, and for `act`
     beside `exact=True`.

@@ -14,6 +14,7 @@ from bitsmith.kernels import aot
 from bitsmith.kernels.cuda import triple
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "aot.json"
+NVFP4 = "minifloat4.e2m1.g16.ue4m3.a4"
 UPDATE = "if the change is meant, keep the new table: bitsmith kernels --aot --save, and say why in the commit"
 
 needs_compiler = pytest.mark.skipif(
@@ -61,7 +62,9 @@ def test_experts_native_dots_and_fused_steps_where_they_are_launched() -> None:
 def test_fp8_dots_are_launched_where_they_exist() -> None:
     found = {t for t in aot.TARGETS for c in aot.cases(t) if c.kernel == "scaled" and c.family == "minifloat"}
     assert found == {"sm_89", "sm_90", "sm_100", "sm_120"}, "AMD's E4M3 is another"
-    assert {t for t in aot.TARGETS for c in aot.cases(t) if c.kernel == "scaled_mx"} == {"sm_100"}
+    blocks = {(t, c.spec) for t in aot.TARGETS for c in aot.cases(t) if c.kernel == "scaled_mx"}
+    assert {t for t, spec in blocks if spec != NVFP4} == {"sm_100"}
+    assert {t for t, spec in blocks if spec == NVFP4} == {"sm_100", "sm_120"}
 
 
 @needs_compiler
@@ -71,8 +74,6 @@ def test_fp8_dots_are_launched_where_they_exist() -> None:
         ("sm_80", "scaled", "affine8.channel.sym", r"mma\.sync\S*\.s32\.s8\.s8\.s32"),
         ("sm_89", "scaled", "minifloat8.e4m3.channel.f32", r"mma\.sync\S*\.f32\.e4m3\.e4m3\.f32"),
         ("sm_90", "scaled", "minifloat8.e4m3.channel.f32", r"wgmma\S*\.f32\.e4m3\.e4m3"),
-        ("sm_100", "scaled_mx", "minifloat8.e4m3.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale"),
-        ("sm_100", "scaled_mx", "minifloat4.e2m1.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale"),
     ],
 )
 def test_native_dots_are_native(target: str, kernel: str, spec: str, instruction: str) -> None:
@@ -81,6 +82,26 @@ def test_native_dots_are_native(target: str, kernel: str, spec: str, instruction
     assert len(found) == 1
     compiled = aot.triton.compile(aot._source(found[0]), target=aot._target(target), options=dict(found[0].options))
     assert re.search(instruction, compiled.asm["ptx"])
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("target", "spec", "instruction"),
+    [
+        ("sm_100", "minifloat8.e4m3.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale\.(block32|scale_vec::1X)"),
+        ("sm_100", "minifloat4.e2m1.g32.e8m0", r"tcgen05\.mma\S*mxf8f6f4\.block_scale\.(block32|scale_vec::1X)"),
+        ("sm_100", NVFP4, r"tcgen05\.mma\S*mxf4nvf4\.block_scale\.(block16|scale_vec::4X)"),
+        ("sm_120", NVFP4, r"mma\.sync\S*mxf4nvf4\.block_scale\.scale_vec::4X\.f32\.e2m1\.e2m1\.f32\.ue4m3"),
+    ],
+)
+def test_dots_of_scaled_blocks_are_native(target: str, spec: str, instruction: str) -> None:
+    """For few rows too, and no other dot beside them. The instruction says what scales it takes, by one of two names."""
+    cases = [c for c in aot.cases(target) if (c.kernel, c.spec) == ("scaled_mx", spec)]
+    assert [c.rows for c in cases] == [1, 256]
+    for case in cases:
+        compiled = aot.triton.compile(aot._source(case), target=aot._target(target), options=dict(case.options))
+        dots = set(re.findall(r"\S*mma\S*\.kind\S*|mma\.sync\S*", compiled.asm["ptx"]))
+        assert dots and all(re.fullmatch(instruction, dot) for dot in dots)
 
 
 def test_a_case_that_no_target_launches_is_named() -> None:

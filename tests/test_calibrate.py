@@ -59,7 +59,7 @@ def test_output_error_is_the_squared_error_of_the_output() -> None:
 
 
 GRIDS = ["affine4.g32.sym", "affine3.g32.asym", "affine2.g32.zf16", "affine3.channel.sym", "affine4.g32.asym.perm", "affine3.g32.zf16.axis0",
-         "minifloat8.e4m3.g32x32.f32", "codebook4.nf4.g32.f32", "codebook4.nf4.g32.u8:f32:16"]  # fmt: skip
+         "minifloat8.e4m3.g32x32.f32", "minifloat4.e2m1.g16.ue4m3.a4", "codebook4.nf4.g32.f32", "codebook4.nf4.g32.u8:f32:16"]  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", GRIDS)

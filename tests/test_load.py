@@ -166,16 +166,16 @@ def test_int8_activations_where_asked(tiny: Callable[..., Path], tmp_path: Path)
     assert all(name == "int8" if probe.int8_linear() else name.startswith("a8+") for name in names), names
     with torch.no_grad():
         assert relative(model(IDS).logits.float(), load_model(tmp_path / "q", exact=True)(IDS).logits) < 0.1
-    with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
-        load_model(tmp_path / "q", dtype="bfloat16", act="a4")
+    with pytest.raises(UserError, match="activation quantization is 'a6'; accepted: a8"):
+        load_model(tmp_path / "q", dtype="bfloat16", act="a6")
 
 
 def test_exact_and_rounded_activations_are_a_contradiction(tiny: Callable[..., Path]) -> None:
     """Said before anything is read, for unquantized models too."""
     with pytest.raises(UserError, match="exact=True never rounds activations and act='a8' asks for 8 bits of them"):
         load_model(tiny("Llama"), exact=True, act="a8")
-    with pytest.raises(UserError, match="activation quantization is 'a4'; accepted: a8"):
-        load_model(tiny("Llama"), act="a4")
+    with pytest.raises(UserError, match="activation quantization is 'a6'; accepted: a8"):
+        load_model(tiny("Llama"), act="a6")
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "a8+reference"), (torch.bfloat16, "int8")])

@@ -180,7 +180,14 @@ def test_calls_of_the_library_in_a_row_become_one() -> None:
 
 
 @pytest.mark.skipif(not native_layer._library(), reason="the copy is the native library's")
-@pytest.mark.parametrize("take", [lambda x, rows: x.index_select(0, rows), lambda x, rows: x[None][:, rows][0]])
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda x, rows: x.index_select(0, rows),
+        lambda x, rows: x[None][:, rows][0],
+        lambda x, rows: torch.nn.functional.embedding(rows[None], x.flatten(1))[0].unflatten(1, x.shape[1:]),
+    ],
+)
 def test_rows_are_taken_by_the_library(take: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Numbers from the end count as torch counts them; a row that is not there is NaN and nobody else's memory."""
     x, rows = torch.randn(6, 3, 5)[1:5], torch.tensor([3, 0, 2])

@@ -98,6 +98,8 @@ def test_spec_examples() -> None:
     iq3s = Spec.parse("codebook26.iq3s.v8.g32.u4:f16:8")
     assert iq3s == Spec("codebook", 26, 32, scale="u4:f16:8", table="iq3s", vec=8) and iq3s.width == 26
     assert nf4.two_level == ("f32", 256) and Spec.parse("affine4.g32").two_level is None
+    nvfp4 = Spec("minifloat", 4, 16, scale="ue4m3", table="e2m1", act="a4")
+    assert Spec.parse("minifloat4.e2m1.g16.ue4m3.a4") == nvfp4 and str(nvfp4).endswith(".ue4m3.a4")
     assert str(Spec.parse("affine4.g128.sym.perm").without_perm()) == "affine4.g128.sym"
     aqlm = Spec.parse("codebook8.v8.x2.channel")
     assert aqlm == Spec("codebook", 8, vec=8, books=2) and aqlm.width == 16
@@ -134,6 +136,9 @@ MESSAGES = {
     "affine4.g32.had96": "'had96' has a block of 96; accepted: a power of two from 2 to 32768",
     "affine4.g32.outhad1": "'outhad1' has a block of 1; accepted: a power of two from 2 to 32768",
     "affine4.g32.had64.had128": "input steps are had64, had128; accepted: each once, in the order inscale, perm, had128",
+    "affine4.g32.a4": "a4 activations meet weights of minifloat4.e2m1.g16.ue4m3 only; accepted: a8 or none",
+    "minifloat4.e2m1.g32.e8m0.a4": "a4 activations meet weights of minifloat4.e2m1.g16.ue4m3 only",
+    "minifloat4.e2m1.g16.ue4m3.a8.a4": "'a4' sets act a second time",
     "affine4.g32.flat.had128": "a Hadamard transform around a flat view; accepted: no view",
 }
 
@@ -163,7 +168,7 @@ FIELD_MESSAGES: dict[str, tuple[Callable[[], Spec], str]] = {
         lambda: Spec("affine", 4, pre=("had128", "inscale")),
         "input steps are had128, inscale; accepted: each once, in the order inscale, perm, had128",
     ),
-    "act": (lambda: Spec("affine", 8, act="a4"), "unknown activation quantization 'a4'; accepted: a8 or none"),
+    "act": (lambda: Spec("affine", 8, act="a6"), "unknown activation quantization 'a6'; accepted: a8, a4 or none"),
 }
 
 

@@ -45,7 +45,7 @@ import sys, importlib
 sys.modules["triton"] = None
 import torch
 from bitsmith.errors import UserError
-for name in "lang tiles affine_device minifloat_device codebook_device trellis_device transform_device matmul repack cuda grouped scaled fused sample ops plans tune aot".split():
+for name in "lang tiles affine_device minifloat_device codebook_device trellis_device transform_device matmul repack cuda grouped activation_device scaled fused sample ops plans tune aot".split():
     importlib.import_module(f"bitsmith.kernels.{name}")
 from bitsmith.kernels import aot, bits, cuda, lang, matmul, repack
 from bitsmith.kernels.qtensor import QTensor

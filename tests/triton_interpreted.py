@@ -79,6 +79,9 @@ def random_scales(spec: Spec, grid: tuple[int, int]) -> dict[str, Tensor]:
     size = 2.0**-16 if spec.table == "e5m2" else 2.0**-9 if spec.table == "e4m3" else 1.0
     if spec.scale == "e8m0":
         return {"scales": torch.randint(115, 120, grid, dtype=torch.uint8)}
+    if spec.scale == "ue4m3":
+        # From a subnormal number to 1.875.
+        return {"scales": torch.randint(1, 64, grid, dtype=torch.uint8)}
     if level is None:
         return {"scales": ((torch.rand(grid) + 0.5) * size).to(scale_dtype(spec.scale))}
     super_scales = torch.rand(-(-grid[0] * grid[1] // level[1])) + 0.5

@@ -64,26 +64,27 @@ struct State {
   std::vector<float> values;
 };
 
-// Scores of SHARED queries and KEYS keys, [query][16 keys].
-BITSMITH_512_INLINE void scores(const uint32_t* const (&query)[SHARED], const uint32_t* keys, int64_t pairs, __m512 (&out)[SHARED][KEYS / LANES]) {
+// Scores of SHARED queries and 16 N keys, [query][16 keys].
+template <int N>
+BITSMITH_512_INLINE void scores(const uint32_t* const (&query)[SHARED], const uint32_t* keys, int64_t pairs, __m512 (&out)[SHARED][N]) {
   for (auto& row : out)
     for (auto& one : row) one = _mm512_setzero_ps();
   for (int64_t p = 0; p < pairs; ++p) {
-    __m512bh key[KEYS / LANES];
-    for (int i = 0; i < KEYS / LANES; ++i) key[i] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + (i * pairs + p) * LANES));
+    __m512bh key[N];
+    for (int i = 0; i < N; ++i) key[i] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(keys + (i * pairs + p) * LANES));
     for (int r = 0; r < SHARED; ++r) {
       const auto q = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int32_t>(query[r][p])));
-      for (int i = 0; i < KEYS / LANES; ++i) out[r][i] = _mm512_dpbf16_ps(out[r][i], q, key[i]);
+      for (int i = 0; i < N; ++i) out[r][i] = _mm512_dpbf16_ps(out[r][i], q, key[i]);
     }
   }
 }
 
 // Scores of one query -> weights in bfloat16, and what earlier sums are to be multiplied by.
-BITSMITH_512_INLINE void weigh(const layer::Attention& a, int64_t position, int64_t at, __m512 (&score)[KEYS / LANES], int64_t query, uint32_t* weights,
-                               State& state) {
-  __mmask16 seen[KEYS / LANES];
+template <int N>
+BITSMITH_512_INLINE void weigh(const layer::Attention& a, int64_t position, int64_t at, __m512 (&score)[N], int64_t query, uint32_t* weights, State& state) {
+  __mmask16 seen[N];
   __m512 most = _mm512_set1_ps(state.most[query]);
-  for (int i = 0; i < KEYS / LANES; ++i) {
+  for (int i = 0; i < N; ++i) {
     seen[i] = visible(position, a.window, at + i * LANES);
     score[i] = _mm512_mul_ps(score[i], _mm512_set1_ps(a.scale));
     if (a.softcap > 0) score[i] = capped(score[i], a.softcap);
@@ -93,19 +94,19 @@ BITSMITH_512_INLINE void weigh(const layer::Attention& a, int64_t position, int6
   // Nothing seen yet: any number will do.
   const __m512 shift = _mm512_set1_ps(peak == -INFINITY ? 0.0f : peak);
   __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < KEYS / LANES; ++i) {
+  for (int i = 0; i < N; ++i) {
     score[i] = _mm512_maskz_mov_ps(seen[i], attend512::exponential(_mm512_sub_ps(score[i], shift)));
     sum = _mm512_add_ps(sum, score[i]);
   }
-  for (int i = 0; i < KEYS / LANES; i += 2)
-    _mm512_store_si512(weights + i * LANES / 2, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(score[i + 1], score[i])));
+  for (int i = 0; i < N; ++i)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(weights + i * LANES / 2), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(score[i])));
   state.factor[query] = before == -INFINITY ? 0.0f : layer::exponential(before - peak);
   state.most[query] = peak;
   state.sum[query] = state.sum[query] * state.factor[query] + _mm512_reduce_add_ps(sum);
 }
 
-// Adds the weighted values of KEYS keys to the sums of SHARED queries.
-BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* values, int64_t first, State& state) {
+// Adds the weighted values of `keys` keys to the sums of SHARED queries.
+BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* values, int64_t keys, int64_t first, State& state) {
   for (int64_t dim = 0; dim < a.value_dim; dim += 4 * LANES) {
     const int parts = static_cast<int>(std::min<int64_t>(4, (a.value_dim - dim) / LANES));
     __m512 sum[SHARED][4];
@@ -114,7 +115,7 @@ BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* value
         const float* at = state.values.data() + (first + r) * a.value_dim + dim + i * LANES;
         sum[r][i] = i < parts ? _mm512_mul_ps(_mm512_loadu_ps(at), _mm512_set1_ps(state.factor[first + r])) : _mm512_setzero_ps();
       }
-    for (int64_t j = 0; j < KEYS / 2; ++j) {
+    for (int64_t j = 0; j < keys / 2; ++j) {
       __m512bh value[4];
       for (int i = 0; i < 4; ++i)
         value[i] = reinterpret_cast<__m512bh>(i < parts ? _mm512_loadu_si512(values + j * a.value_dim + dim + i * LANES) : _mm512_setzero_si512());
@@ -128,23 +129,35 @@ BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* value
   }
 }
 
+// Queries first ... first + SHARED - 1 of those from `begin` on (or the last again) meet 16 N keys, the first of them key `at` of the span.
+template <int N>
+BITSMITH_512 void step(const layer::Attention& a, const Span& span, int64_t head, int64_t begin, int64_t first, int64_t at, const uint32_t* keys,
+                       const uint32_t* values, State& state) {
+  const int64_t last = std::min(QUERIES, a.rows - begin) - 1, oldest = a.context[0] - a.rows + begin, pairs = a.key_dim / 2;
+  const uint32_t* query[SHARED];
+  for (int64_t r = 0; r < SHARED; ++r)
+    query[r] = reinterpret_cast<const uint32_t*>(a.q + (begin + std::min(first + r, last)) * a.q_stride + head * a.key_dim);
+  __m512 score[SHARED][N];
+  scores<N>(query, keys + at * pairs, pairs, score);
+  for (int64_t r = 0; r < SHARED; ++r) weigh<N>(a, oldest + std::min(first + r, last), span.first + at, score[r], first + r, state.weights[r], state);
+  gather(a, values + at / 2 * a.value_dim, N * LANES, first, state);
+}
+
 // Queries `begin` ... begin + QUERIES - 1 (or the last) of one head; keys and values of its key head as packed.
 BITSMITH_512 inline void attend(const layer::Attention& a, const Span& span, int64_t head, int64_t begin, const uint32_t* keys, const uint32_t* values,
                                 State& state) {
-  const int64_t count = std::min(QUERIES, a.rows - begin), oldest = a.context[0] - a.rows + begin, pairs = a.key_dim / 2;
+  const int64_t count = std::min(QUERIES, a.rows - begin), oldest = a.context[0] - a.rows + begin;
   state.values.assign(static_cast<size_t>(QUERIES * a.value_dim), 0.0f);
   for (int64_t i = 0; i < QUERIES; ++i) state.most[i] = a.sinks ? a.sinks[head] : -INFINITY, state.sum[i] = a.sinks ? 1.0f : 0.0f;
   const int64_t low = a.window > 0 ? std::max<int64_t>(0, oldest - a.window + 1) : 0;
   for (int64_t at = (low - span.first) / KEYS * KEYS; span.first + at < oldest + count; at += KEYS) {
     for (int64_t first = 0; first < count; first += SHARED) {
-      const uint32_t* query[SHARED];
-      for (int64_t r = 0; r < SHARED; ++r)
-        query[r] = reinterpret_cast<const uint32_t*>(a.q + (begin + std::min(first + r, count - 1)) * a.q_stride + head * a.key_dim);
-      __m512 score[SHARED][KEYS / LANES];
-      scores(query, keys + at * pairs, pairs, score);
-      for (int64_t r = 0; r < SHARED; ++r)
-        weigh(a, oldest + std::min(first + r, count - 1), span.first + at, score[r], first + r, state.weights[r], state);
-      gather(a, values + at / 2 * a.value_dim, first, state);
+      // Keys from `at` on that the last of these queries sees.
+      const int64_t seen = oldest + std::min(first + SHARED, count) - span.first - at;
+      if (seen > 3 * LANES) step<4>(a, span, head, begin, first, at, keys, values, state);
+      else if (seen > 2 * LANES) step<3>(a, span, head, begin, first, at, keys, values, state);
+      else if (seen > LANES) step<2>(a, span, head, begin, first, at, keys, values, state);
+      else if (seen > 0) step<1>(a, span, head, begin, first, at, keys, values, state);
     }
   }
   for (int64_t i = 0; i < count; ++i)

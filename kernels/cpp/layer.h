@@ -66,11 +66,18 @@ BITSMITH_CLONES inline void add(const uint16_t* a, const uint16_t* b, uint16_t* 
 
 // One row: y = act(gate) * up; act 0 is SiLU, 1 GELU by tanh.
 BITSMITH_CLONES inline void gated(const uint16_t* gate, const uint16_t* up, uint16_t* y, int64_t width, int32_t act) {
+  if (act == 0) {
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) {
-    const float g = bfloat_to_float(gate[i]);
-    const float inner = act == 0 ? g : 1.5957691216057308f * (g + 0.044715f * g * g * g);
-    y[i] = narrow(g / (1.0f + exponential(-inner)) * bfloat_to_float(up[i]));
+    for (int64_t i = 0; i < width; ++i) {
+      const float g = bfloat_to_float(gate[i]);
+      y[i] = narrow(g / (1.0f + exponential(-g)) * bfloat_to_float(up[i]));
+    }
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      const float g = bfloat_to_float(gate[i]);
+      y[i] = narrow(g / (1.0f + exponential(-1.5957691216057308f * (g + 0.044715f * g * g * g))) * bfloat_to_float(up[i]));
+    }
   }
 }
 
