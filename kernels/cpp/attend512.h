@@ -1,5 +1,5 @@
-// Decode attention with AVX-512: scores by bfloat16 dot products, sixteen keys at a time; ten cycles a head and key where the
-// plain loops of layer.h take a hundred. Key dimensions in multiples of 32, value dimensions of 16.
+// Decode attention with AVX-512: bfloat16 dot products of queries with sixteen keys at a time, and of weights, rounded to bfloat16 as in torch's flash
+// attention, with two values at a time. Key dimensions in multiples of 32, value dimensions of 16.
 #pragma once
 #include "avx512.h"
 #include "layer.h"
@@ -33,53 +33,110 @@ BITSMITH_512_INLINE __m512 exponential(__m512 v) {
   return _mm512_scalef_ps(p, whole);
 }
 
-// HEADS query heads, 64 (or the last 16, 32, 48) value dimensions from `dim` on: weighted values summed over the keys.
+// Scores of 16 keys, one head: for the few heads that pay for no transposition.
+BITSMITH_512_INLINE __m512 score(const uint16_t* query, const uint16_t* const (&key)[16], int64_t dim) {
+  __m512 dot[16];
+  for (auto& one : dot) one = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dim; d += 32) {
+    const auto q = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + d));
+    for (int i = 0; i < 16; ++i) dot[i] = _mm512_dpbf16_ps(dot[i], q, reinterpret_cast<__m512bh>(_mm512_loadu_si512(key[i] + d)));
+  }
+  return sums16(dot);
+}
+
+// The same of HEADS heads, whose queries follow each other.
 template <int HEADS>
-BITSMITH_512_INLINE void values(const layer::Attention& a, const int64_t* slots, int64_t kv, int64_t keys, int64_t padded, const float* scores,
-                                int64_t dim, const float* inverse, uint16_t* out) {
-  const int parts = static_cast<int>(std::min<int64_t>(4, (a.value_dim - dim) / 16));
-  __m512 sum[HEADS][4];
+BITSMITH_512_INLINE void scores(const uint16_t* query, const uint16_t* const (&key)[16], int64_t dim, __m512* out) {
+  __m512 dot[HEADS];
+  for (auto& one : dot) one = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dim; d += 32) {
+    __m512i pair[16];
+    for (int i = 0; i < 16; ++i) pair[i] = _mm512_loadu_si512(key[i] + d);
+    avx512::transpose(pair);
+#pragma GCC unroll 16
+    for (int p = 0; p < 16; ++p)
+      for (int g = 0; g < HEADS; ++g)
+        dot[g] = _mm512_dpbf16_ps(dot[g], reinterpret_cast<__m512bh>(pair[p]), reinterpret_cast<__m512bh>(avx512::spread(query + g * dim + d + 2 * p)));
+  }
+  for (int g = 0; g < HEADS; ++g) out[g] = dot[g];
+}
+
+// Asks for `bytes` of a key or a value that will be read: tokens of a head lie too far apart for the hardware to follow.
+BITSMITH_512_INLINE void ahead(const uint16_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T0);
+}
+
+// Tokens from one that is read to one that is asked for.
+constexpr int64_t AHEAD = 16;
+
+// HEADS heads, 32 PARTS value dimensions (or the last, whole 16s) from `dim` on: weighted values summed over the keys, an even number. weights: bfloat16,
+// `apart` from head to head.
+template <int HEADS, int PARTS>
+BITSMITH_512_INLINE void values(const layer::Attention& a, const int64_t* slots, int64_t kv, int64_t keys, const uint16_t* weights, int64_t apart, int64_t dim,
+                                const float* inverse, uint16_t* out) {
+  __mmask32 there[PARTS];
+  for (int i = 0; i < PARTS; ++i) {
+    const int64_t left = a.value_dim - dim - 32 * i;
+    there[i] = left >= 32 ? 0xffffffffu : left > 0 ? 0xffffu : 0;
+  }
+  __m512 sum[HEADS][PARTS][2];
   for (auto& head : sum)
-    for (auto& part : head) part = _mm512_setzero_ps();
-  for (int64_t j = 0; j < keys; ++j) {
-    const uint16_t* row = a.v + (slots[j] * a.kv_heads + kv) * a.value_dim + dim;
-    __m512 v[4];
-    for (int i = 0; i < 4; ++i) v[i] = i < parts ? avx512::load16(row, 16 * i, BF16) : _mm512_setzero_ps();
-    for (int g = 0; g < HEADS; ++g) {
-      const __m512 weight = _mm512_set1_ps(scores[g * padded + j]);
-      for (int i = 0; i < 4; ++i) sum[g][i] = _mm512_fmadd_ps(weight, v[i], sum[g][i]);
+    for (auto& part : head) part[0] = part[1] = _mm512_setzero_ps();
+  const uint16_t* first = a.v + kv * a.value_dim + dim;
+  const int64_t row = a.kv_heads * a.value_dim;
+  for (int64_t j = 0; j < keys; j += 2) {
+    const uint16_t *even = first + slots[j] * row, *odd = first + slots[j + 1] * row;
+    for (int64_t t = j + AHEAD; t < std::min(keys, j + AHEAD + 2); ++t) ahead(first + slots[t] * row, 64 * PARTS);
+    for (int i = 0; i < PARTS; ++i) {
+      const __m512i one = _mm512_maskz_loadu_epi16(there[i], even + 32 * i), other = _mm512_maskz_loadu_epi16(there[i], odd + 32 * i);
+      // Of each eight dimensions the first and the last four.
+      const auto low = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(one, other)), high = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(one, other));
+      for (int g = 0; g < HEADS; ++g) {
+        const auto weight = reinterpret_cast<__m512bh>(avx512::spread(weights + g * apart + j));
+        sum[g][i][0] = _mm512_dpbf16_ps(sum[g][i][0], low, weight);
+        sum[g][i][1] = _mm512_dpbf16_ps(sum[g][i][1], high, weight);
+      }
     }
   }
+  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), eight = _mm512_set1_epi32(8);
   for (int g = 0; g < HEADS; ++g)
-    for (int i = 0; i < parts; ++i)
-      avx512::store16(out, g * a.value_dim + dim + 16 * i, BF16, _mm512_mul_ps(sum[g][i], _mm512_set1_ps(inverse[g])), 16);
+    for (int i = 0; i < PARTS; ++i) {
+      const __m512 by = _mm512_set1_ps(inverse[g]);
+      uint16_t* to = out + g * a.value_dim + dim + 32 * i;
+      if (there[i]) avx512::store16(to, 0, BF16, _mm512_mul_ps(_mm512_permutex2var_ps(sum[g][i][0], order, sum[g][i][1]), by), 16);
+      if (there[i] >> 16) avx512::store16(to, 16, BF16, _mm512_mul_ps(_mm512_permutex2var_ps(sum[g][i][0], _mm512_add_epi32(order, eight), sum[g][i][1]), by), 16);
+    }
 }
 
 // As layer::attend; scratch holds GROUP * (keys rounded up to 16) floats and as many slots.
 BITSMITH_512 inline void attend(const layer::Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch, int64_t* slots) {
   const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
   const int64_t padded = (keys + 15) / 16 * 16, head = kv * (a.heads / a.kv_heads) + first;
+  for (int64_t j = 0; j < keys;) {
+    const int64_t slot = a.slot(row, begin + j), stop = std::min(keys, j + a.block_size - slot % a.block_size);
+    for (int64_t i = j; i < stop; ++i) slots[i] = slot + i - j;
+    j = stop;
+  }
   // Beyond the last key its own slot again: read, and then masked.
-  for (int64_t j = 0; j < padded; ++j) slots[j] = a.slot(row, begin + std::min(j, keys - 1));
+  for (int64_t j = keys; j < padded; ++j) slots[j] = slots[keys - 1];
   const uint16_t* query = a.q + row * a.q_stride + head * a.key_dim;
   for (int64_t j = 0; j < padded; j += 16) {
     const uint16_t* key[16];
     for (int i = 0; i < 16; ++i) key[i] = a.k + (slots[j + i] * a.kv_heads + kv) * a.key_dim;
-    for (int64_t g = 0; g < count; ++g) {
-      __m512 dot[16];
-      for (auto& one : dot) one = _mm512_setzero_ps();
-      for (int64_t d = 0; d < a.key_dim; d += 32) {
-        const auto q = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + g * a.key_dim + d));
-        for (int i = 0; i < 16; ++i) dot[i] = _mm512_dpbf16_ps(dot[i], q, reinterpret_cast<__m512bh>(_mm512_loadu_si512(key[i] + d)));
-      }
-      __m512 score = _mm512_mul_ps(sums16(dot), _mm512_set1_ps(a.scale));
+    for (int64_t t = j + AHEAD; t < std::min(padded, j + AHEAD + 16); ++t) ahead(a.k + (slots[t] * a.kv_heads + kv) * a.key_dim, 2 * a.key_dim);
+    __m512 found[layer::GROUP];
+    int64_t g = 0;
+    for (; g + 4 <= count; g += 4) scores<4>(query + g * a.key_dim, key, a.key_dim, found + g);
+    for (; g < count; ++g) found[g] = score(query + g * a.key_dim, key, a.key_dim);
+    for (g = 0; g < count; ++g) {
+      __m512 one = _mm512_mul_ps(found[g], _mm512_set1_ps(a.scale));
       if (a.softcap > 0) {
         alignas(64) float capped[16];
-        _mm512_store_ps(capped, score);
-        for (auto& one : capped) one = a.softcap * std::tanh(one / a.softcap);
-        score = _mm512_load_ps(capped);
+        _mm512_store_ps(capped, one);
+        for (auto& s : capped) s = a.softcap * std::tanh(s / a.softcap);
+        one = _mm512_load_ps(capped);
       }
-      _mm512_storeu_ps(scratch + g * padded + j, score);
+      _mm512_storeu_ps(scratch + g * padded + j, one);
     }
   }
   float inverse[layer::GROUP];
@@ -93,16 +150,20 @@ BITSMITH_512 inline void attend(const layer::Attention& a, int64_t row, int64_t 
       const __mmask16 present = keys - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (keys - j)) - 1);
       const __m512 weight = _mm512_maskz_mov_ps(present, exponential(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(peak))));
       sum = _mm512_add_ps(sum, weight);
-      _mm512_storeu_ps(s + j, weight);
+      // In place, behind what is still to be read.
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(s) + j / 16, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
     }
     inverse[g] = 1.0f / (_mm512_reduce_add_ps(sum) + (a.sinks ? layer::exponential(a.sinks[head + g] - peak) : 0.0f));
   }
   uint16_t* out = a.out + (row * a.heads + head) * a.value_dim;
-  for (int64_t dim = 0; dim < a.value_dim; dim += 64) {
-    int64_t g = 0;
-    for (; g + 4 <= count; g += 4) values<4>(a, slots, kv, keys, padded, scratch + g * padded, dim, inverse + g, out + g * a.value_dim);
-    for (; g < count; ++g) values<1>(a, slots, kv, keys, padded, scratch + g * padded, dim, inverse + g, out + g * a.value_dim);
-  }
+  const uint16_t* weights = reinterpret_cast<const uint16_t*>(scratch);
+  int64_t g = 0;
+  for (; g + 4 <= count; g += 4)
+    for (int64_t dim = 0; dim < a.value_dim; dim += 64)
+      values<4, 2>(a, slots, kv, padded, weights + 2 * g * padded, 2 * padded, dim, inverse + g, out + g * a.value_dim);
+  for (; g < count; ++g)
+    for (int64_t dim = 0; dim < a.value_dim; dim += 128)
+      values<1, 4>(a, slots, kv, padded, weights + 2 * g * padded, 2 * padded, dim, inverse + g, out + g * a.value_dim);
 }
 
 }  // namespace bitsmith::attend512

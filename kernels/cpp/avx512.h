@@ -14,6 +14,25 @@ inline bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 
+// v[i] lane j <-> v[j] lane i.
+BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
+      v[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
+    }
+  // v[4 q + c], 128 bits p: rows 4 q .. of column 4 p + c.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x44), b = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x44);
+    const __m512i d = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xee), e = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xee);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[c + 4] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    t[c + 8] = _mm512_shuffle_i32x4(d, e, 0x88), t[c + 12] = _mm512_shuffle_i32x4(d, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
 // The eight byte vectors of a block.
 template <int BITS>
 BITSMITH_512_INLINE void unpack(const uint8_t* p, __m512i (&v)[8]) {

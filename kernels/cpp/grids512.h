@@ -21,25 +21,6 @@ constexpr Bytes bytes_of(F f) {
   return out;
 }
 
-// v[i] lane j <-> v[j] lane i.
-BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 2; ++h) {
-      v[i + 2 * h] = _mm512_unpacklo_epi64(t[i + h], t[i + h + 2]);
-      v[i + 2 * h + 1] = _mm512_unpackhi_epi64(t[i + h], t[i + h + 2]);
-    }
-  // v[4 q + c], 128 bits p: rows 4 q .. of column 4 p + c.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x44), b = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x44);
-    const __m512i d = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xee), e = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xee);
-    t[c] = _mm512_shuffle_i32x4(a, b, 0x88), t[c + 4] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    t[c + 8] = _mm512_shuffle_i32x4(d, e, 0x88), t[c + 12] = _mm512_shuffle_i32x4(d, e, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
-}
-
 // 16 codes, which are whole bytes together, in a lane each.
 template <class F>
 BITSMITH_512_INLINE __m512i codes16(const uint8_t* p) {
@@ -160,7 +141,7 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* su
   for (int64_t half = 0; half < 2; ++half) {
     __m512i code[16];
     for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(codes[r] + half * 2 * F::WIDTH);
-    transpose(code);
+    avx512::transpose(code);
     for (int64_t o = 0; o < 16; o += TOGETHER<F>, to += 128 * TOGETHER<F>) {
       __m512i found[2];
       halves<F>(w, code + o, found);
