@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.attention import Parts
 from ..kernels.kv_device import KVDevice, load_tile, store_tile
 from ..kernels.lang import jit, tl
+from ..kernels.pages import large_pages
 from .base import KVCodec
 
 
@@ -34,8 +35,8 @@ def codec(dtype: torch.dtype) -> KVCodec:
 
 def _alloc(slots: int, heads: int, dim: int, device: torch.device) -> Parts:
     return (
-        torch.empty(slots, heads, dim, dtype=torch.int8, device=device),
-        torch.empty(slots, heads, 1, dtype=torch.bfloat16, device=device),
+        large_pages((slots, heads, dim), torch.int8, device),
+        large_pages((slots, heads, 1), torch.bfloat16, device),
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..kernels.attention import Parts
 from ..kernels.kv_device import KVDevice, load_tile, store_tile
 from ..kernels.lang import jit, tl
+from ..kernels.pages import large_pages
 from .base import KVCodec
 
 
@@ -14,7 +15,7 @@ def codec(dtype: torch.dtype) -> KVCodec:
     """One part `[slots, heads, dim]` of `dtype`."""
 
     def alloc(slots: int, heads: int, dim: int, device: torch.device) -> Parts:
-        return (torch.empty(slots, heads, dim, dtype=dtype, device=device),)
+        return (large_pages((slots, heads, dim), dtype, device),)
 
     def encode(x: Tensor) -> Parts:
         return (x,)
