@@ -6,7 +6,7 @@ no other fast CPU path).
       with the native library                native.py                 native.py
     scales of two levels, integers times a
       float for 256 inputs, with it; NVFP4
-      and MXFP4 with AVX-512                 native_two_level.py       native_two_level.py
+      and MXFP4 with AVX2 or AVX-512         native_two_level.py       native_two_level.py
     the same, codes of a grid                native_grids.py           native_grids.py
     affine 4 and 8 bits, whole groups        int4pack.py               int4pack.py
     affine 8 bits, one symmetric scale

@@ -279,16 +279,16 @@ def add_scales(weight: Weight, parts: Mapping[str, Tensor], spec: Spec) -> None:
     """Scales, zero points and mins of `parts` into `weight`, whose n and k are set."""
     weight.group, weight.scale_rows = weight.k if spec.group == -1 else spec.group, scale_rows(spec, weight.n)
     weight.scales = parts["scales"].data_ptr()
-    weight.scale_dtype = _number_type(spec, parts["scales"])
+    weight.scale_dtype = number_type(spec, parts["scales"])
     for name in ("zeros", "mins"):
         if name in parts:
-            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), _number_type(spec, parts[name])
+            weight.zeros, weight.zero_dtype = parts[name].data_ptr(), number_type(spec, parts[name])
             weight.mins = name == "mins"
     if spec.two_level:
         _second_level(weight, parts, spec)
 
 
-def _number_type(spec: Spec, stored: Tensor) -> int:
+def number_type(spec: Spec, stored: Tensor) -> int:
     return BYTES.get(spec.scale, DTYPES[torch.uint8]) if stored.dtype is torch.uint8 else DTYPES[stored.dtype]
 
 

@@ -1,12 +1,13 @@
 """Products of the native library for scales that are small integers times one float of 256 inputs (GGUF's K-quants and
-IQ4_XS), with int8 activations: cpp/two_level.h (AVX2), two_level512.h (AVX-512), neon_two_level.h.
+IQ4_XS), with int8 activations: cpp/two_level.h, two_level256.h (AVX2), two_level512.h (AVX-512), neon_two_level.h.
 
     weight   2 to 6 bits in groups of 16 or 32, scales of 4, 6 or 8 bits, a float16 super scale for 256 inputs; mins
              of the same kind, a fixed zero point, or the IQ4_NL table
-             With AVX-512 also FP4 (its doubles are the table) with an E4M3 scale for 16 inputs, and without AMX, whose
-             tiles native.py uses, with a power of two for 32
+             With AVX2 and AVX-512 also FP4 (its doubles are the table) with an E4M3 scale for 16 inputs, and without
+             AMX, whose tiles native.py uses, with a power of two for 32; with AVX2 alone, where native.py has no
+             tables, IQ4_NL
     x        rounded to int8 with a step for 256 inputs of a row, as llama.cpp does for these types (Q8_K), for 128 with
-             FP4; integer dot products are exact
+             scales that are floats; integer dot products are exact
 
 The packed copy is the only one; `qtensor()` gives back the tensor it was made from, bit for bit.
 """
@@ -30,8 +31,12 @@ SUPER = 256
 # neon_two_level.h are compiled for, and below with the table.
 _FORMS = {(2, 16, 4): True, (3, 16, 6): False, (4, 32, 6): True, (5, 32, 6): True, (6, 16, 8): False}
 _TABLE_FORMS = {(4, 32, 6)}
-# (group, scale) of FP4 -> the processors on which it is taken.
-_FLOAT_FORMS = {(16, "ue4m3"): ("avx512", "amx"), (32, "e8m0"): ("avx512",)}
+# (table, group, scale) -> the processors on which it is taken.
+_FLOAT_FORMS = {
+    ("e2m1", 16, "ue4m3"): ("avx2", "avx512", "amx"),
+    ("e2m1", 32, "e8m0"): ("avx2", "avx512"),
+    ("iq4nl", 32, "f16"): ("avx2",),
+}
 _LEVELS = ("scales", "mins")
 
 
@@ -127,9 +132,9 @@ def _two_levels(q: QTensor) -> bool:
 
 
 def _float_scales(q: QTensor) -> bool:
-    if q.spec.table != "e2m1" or q.shape[1] % native.BLOCK or "perm" in q.parts:
+    if q.shape[1] % native.BLOCK or "perm" in q.parts:
         return False
-    return native.best_path() in _FLOAT_FORMS.get((q.spec.group, q.spec.scale), ())
+    return native.best_path() in _FLOAT_FORMS.get((q.spec.table, q.spec.group, q.spec.scale), ())
 
 
 def pack(q: QTensor) -> TwoLevelLinear:
@@ -155,11 +160,14 @@ def pack(q: QTensor) -> TwoLevelLinear:
 
 
 def _with_float_scales(q: QTensor, parts: dict[str, Tensor]) -> TwoLevelLinear:
-    table = torch.tensor([2 * v for v in (*E2M1, *(-v for v in E2M1))], dtype=torch.int8)
+    if q.spec.table == "e2m1":
+        table, unit = torch.tensor([2 * v for v in (*E2M1, *(-v for v in E2M1))], dtype=torch.int8), 0.5
+    else:
+        table, unit = codebook.table(q.spec).to(torch.int8), 1.0
     weight = _Weight(
         n=q.shape[0], k=q.shape[1], bits=q.spec.bits, group=q.spec.group, codes=parts["codes"].data_ptr(),
-        scales=parts["scales"].data_ptr(), scale_dtype=native.BYTES[q.spec.scale], table=table.data_ptr(),
-        factor=0.5 * float(q.parts.get("global_scale", 1.0)),
+        scales=parts["scales"].data_ptr(), scale_dtype=native.number_type(q.spec, parts["scales"]),
+        table=table.data_ptr(), factor=unit * float(q.parts.get("global_scale", 1.0)),
     )  # fmt: skip
     return TwoLevelLinear(q.spec, q.shape, q.extra, parts, *native.operands(weight, [*parts.values(), table]))
 

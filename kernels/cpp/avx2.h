@@ -16,12 +16,6 @@ constexpr int whole_blocks(int bits) { return bits <= 2 ? 4 : bits == 3 ? 2 : bi
 // Byte vectors whose products fit, where a block's do not.
 constexpr int run(int bits) { return bits == 5 ? 4 : bits == 6 ? 2 : bits == 7 ? 1 : 8; }
 
-// As in avx512.h: the hardware's own prefetching stops short of what memory gives.
-template <int BITS>
-BITSMITH_256_INLINE void ahead(const uint8_t* p) {
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + 1024 + 64 * j), _MM_HINT_T0);
-}
-
 BITSMITH_256_INLINE __m256i word(const uint8_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
 
 // 8 rows of 8 words -> 8 columns.
@@ -35,6 +29,16 @@ BITSMITH_256_INLINE void transpose(__m256i (&v)[8]) {
     }
   for (int j = 0; j < 4; ++j) t[j] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x20), t[j + 4] = _mm256_permute2x128_si256(v[j], v[j + 4], 0x31);
   for (int j = 0; j < 8; ++j) v[j] = t[j];
+}
+
+// `place` of int8 codes of TILE rows, the first at `from`: fours of each, whole 8s of them. The rows must be there, whatever they hold.
+BITSMITH_256 inline void place_codes(const int8_t* from, int64_t stride, int64_t fours, uint8_t* to) {
+  for (int64_t i = 0; i < fours; i += 8) {
+    __m256i v[8];
+    for (int r = 0; r < 8; ++r) v[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * stride + 4 * i));
+    transpose(v);
+    for (int j = 0; j < 8; ++j) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i + j) * TILE * 4), v[j]);
+  }
 }
 
 // The byte vectors of a block: rows 0-7 of vector j in v[2 j], rows 8-15 in v[2 j + 1].
@@ -89,6 +93,13 @@ BITSMITH_256_INLINE __m256 load8(const void* p, int64_t i, int32_t dtype) {
     case F32: return _mm256_loadu_ps(static_cast<const float*>(p) + i);
     case BF16: return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half()), 16));
     case F16: return _mm256_cvtph_ps(half());
+    case E4M3_BYTE: {
+      // Through float16, as e4m3_to_float.
+      const __m128i byte = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
+      const __m128i sizes = _mm_and_si128(byte, _mm_set1_epi16(0x7f)), nan = _mm_cmpeq_epi16(sizes, _mm_set1_epi16(0x7f));
+      const __m128i half = _mm_and_si128(_mm_slli_epi16(byte, 7), _mm_set1_epi16(static_cast<int16_t>(0xbf80)));
+      return _mm256_mul_ps(_mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan)), _mm256_set1_ps(256));
+    }
     default: {
       const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(p) + i)));
       if (dtype == U8) return _mm256_cvtepi32_ps(u);
@@ -97,6 +108,31 @@ BITSMITH_256_INLINE __m256 load8(const void* p, int64_t i, int32_t dtype) {
       return _mm256_castsi256_ps(_mm256_blendv_epi8(_mm256_slli_epi32(u, 23), _mm256_set1_epi32(1 << 22), zero));
     }
   }
+}
+
+// Sums of 16 outputs to y[at ..], the first `count` of them.
+BITSMITH_256_INLINE void store16(void* y, int64_t at, int32_t dtype, const float* sums, int64_t count) {
+  if (count < ROWS) {
+    for (int64_t r = 0; r < count; ++r) store(y, at + r, dtype, sums[r]);
+    return;
+  }
+  const __m256 v[2] = {_mm256_loadu_ps(sums), _mm256_loadu_ps(sums + 8)};
+  if (dtype == F32) {
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(static_cast<float*>(y) + at + 8 * h, v[h]);
+    return;
+  }
+  __m128i half[2];
+  for (int h = 0; h < 2; ++h) {
+    half[h] = _mm256_cvtps_ph(v[h], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    if (dtype == F16) continue;
+    // As float_to_bfloat.
+    const __m256i raw = _mm256_castps_si256(v[h]), upper = _mm256_srli_epi32(raw, 16), odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(raw, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v[h], v[h], _CMP_UNORD_Q)), quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    half[h] = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(static_cast<uint16_t*>(y) + at), _mm256_set_m128i(half[1], half[0]));
 }
 
 // Scales and zero points of rows 0-7 and 8-15 in one group.
@@ -127,8 +163,8 @@ BITSMITH_256_INLINE Scales scales16(const Weight& w, int64_t nb, int64_t g, int6
 
 BITSMITH_256_INLINE __m256i widened(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
-BITSMITH_256_INLINE __m256i added(__m256i sums, __m256i codes, __m256i x) {
-  __m256i total = _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, x));
+BITSMITH_256_INLINE __m256i added(__m256i sums, __m256i products) {
+  __m256i total = _mm256_add_epi16(sums, products);
   // Keeps the sum in its register: reassociating sums, the compiler spills them.
   asm("" : "+x"(total));
   return total;
@@ -158,7 +194,7 @@ BITSMITH_256_INLINE void dots(const uint8_t* codes, int64_t blocks, const int8_t
   clear();
   for (int64_t b = 0; b < blocks; ++b, codes += 64 * (PACKED ? BITS : 8)) {
     __m256i v[16];
-    if constexpr (PACKED) ahead<BITS>(codes);
+    if constexpr (PACKED) ahead<BITS, 1>(codes);
     unpack<PACKED ? BITS : 8>(codes, v);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
@@ -169,10 +205,10 @@ BITSMITH_256_INLINE void dots(const uint8_t* codes, int64_t blocks, const int8_t
         const __m256i x = _mm256_set1_epi32(four);
         for (int h = 0; h < 2; ++h) {
           if constexpr (SUMS == 2) {
-            sum[m][h][0] = added(sum[m][h][0], _mm256_and_si256(c[h], low), x);
-            sum[m][h][1] = added(sum[m][h][1], _mm256_and_si256(_mm256_srli_epi16(c[h], 4), low), x);
+            sum[m][h][0] = added(sum[m][h][0], _mm256_maddubs_epi16(_mm256_and_si256(c[h], low), x));
+            sum[m][h][1] = added(sum[m][h][1], _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(c[h], 4), low), x));
           } else {
-            sum[m][h][0] = added(sum[m][h][0], c[h], x);
+            sum[m][h][0] = added(sum[m][h][0], _mm256_maddubs_epi16(c[h], x));
           }
         }
       }
@@ -223,7 +259,7 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     }
     for (int64_t b = 0; b < blocks; ++b, p += 64 * BITS) {
       __m256i v[16];
-      ahead<BITS>(p);
+      ahead<BITS, 2>(p);
       unpack<BITS>(p, v);
       for (int j = 0; j < 16; ++j) _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 512 * b) + j, v[j]);
     }
@@ -234,8 +270,7 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
     for (; m + 2 <= x.m; m += 2) chunk<BITS, 2>(x, codes, c, blocks, m, by, total);
     if (m < x.m) chunk<BITS, 1>(x, codes, c, blocks, m, by, total);
   }
-  for (int64_t m = 0; m < x.m; ++m)
-    for (int64_t r = 0; r < std::min(ROWS, w.n - nb * ROWS); ++r) store(y, m * w.n + nb * ROWS + r, dtype, total[m * ROWS + r]);
+  for (int64_t m = 0; m < x.m; ++m) store16(y, m * w.n + nb * ROWS, dtype, total + m * ROWS, w.n - nb * ROWS);
 }
 
 BITSMITH_256_INLINE __m256 activations8(const void* x, int64_t at, int32_t dtype, int64_t count) {

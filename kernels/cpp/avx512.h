@@ -14,17 +14,6 @@ inline bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 
-// Asks for the codes further on, as a product of MR rows needs it (two cores of Zen 4). Where rows come between the blocks the hardware falls behind
-// (5632 x 2048, 8 rows: Q4_K 0.42 -> 0.30 ms, Q8_0 0.69 -> 0.48). One row keeps up with it, and asking gets in its way (all products of a step of
-// 1.1 B, times what only reading them takes: Q4_K_M 1.12 so and 1.01 without, 4-bit GPTQ 1.31 and 1.02), but for codes of 2 and 6 bits (Q2_K 107 ->
-// 95 us, Q6_K 305 -> 258) and for bytes, as far ahead as the second-level cache is for (a step's products in Q8_0 38.7 -> 27.2 ms).
-template <int BITS, int MR>
-BITSMITH_512_INLINE void ahead(const uint8_t* p) {
-  constexpr bool ROW = MR == 1 && BITS == 8;
-  if constexpr (MR == 1 && BITS != 2 && BITS != 6 && BITS != 8) return;
-  for (int j = 0; j < BITS; ++j) _mm_prefetch(reinterpret_cast<const char*>(p + (ROW ? 8192 : 2048) + 64 * j), ROW ? _MM_HINT_T1 : _MM_HINT_T0);
-}
-
 // v[i] lane j <-> v[j] lane i.
 BITSMITH_512_INLINE void transpose(__m512i (&v)[16]) {
   __m512i t[16];
@@ -267,19 +256,9 @@ constexpr int64_t record_bytes(int64_t chunk) { return (STEP + STEP / chunk * 12
 // Whether activations are recorded: where there are many, or chunks are short. A tile's missing rows are multiplied too, whatever they hold.
 inline bool recorded(const Input& x) { return x.m > TILE || (x.m > 4 && x.chunk == BLOCK); }
 
-// `place` of int8 codes of TILE rows, the first at `from`: fours of each, whole 8s of them. The rows must be there, whatever they hold.
-BITSMITH_512 inline void place_codes(const int8_t* from, int64_t stride, int64_t fours, uint8_t* to) {
-  for (int64_t i = 0; i < fours; i += 8) {
-    __m256i v[8];
-    for (int r = 0; r < 8; ++r) v[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * stride + 4 * i));
-    avx2::transpose(v);
-    for (int j = 0; j < 8; ++j) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (i + j) * TILE * 4), v[j]);
-  }
-}
-
 inline void record(const Input& x, int64_t tile, int64_t step, uint8_t* to) {
   const int64_t from = step * STEP, first = from / x.chunk, chunks = std::min(STEP / x.chunk, x.chunks - first), next = STEP / x.chunk * TILE * 4;
-  place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, std::min(STEP, x.inputs - from) / 4, to);
+  avx2::place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, std::min(STEP, x.inputs - from) / 4, to);
   for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
     uint8_t* of_chunks = to + STEP * TILE;
     const int64_t at = row * x.chunks + first;

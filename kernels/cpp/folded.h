@@ -35,7 +35,7 @@ BITSMITH_AMX_INLINE void decode(const Weight& w, const avx512::Table<BITS>& tabl
       }
       __m512i v[8];
       const uint8_t* codes = w.block(std::min(nb + half, last_block), kb);
-      if constexpr (BITS < 8) avx512::ahead<BITS, 2>(codes);
+      if constexpr (BITS < 8) ahead<BITS, 2>(codes);
       avx512::unpack<BITS>(codes, v);
       for (int j = 0; j < 8; ++j) {
         __m512 value[4];

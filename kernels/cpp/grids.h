@@ -75,6 +75,14 @@ inline Row row_at(const Weight& w, int64_t nb, int64_t r, int64_t s) {
           reinterpret_cast<const uint8_t*>(w.scales + at * w.scale_words) + s * F::GROUPS / 8 * F::SCALE_BITS};
 }
 
+// Asks for the same of the next block of 16 rows: more streams than the hardware follows (AVX-512, one row, weights of 8 matrices in turn, 4096 x 4096:
+// IQ3_S 0.97 -> 0.70 ms, IQ2_XS 0.72 -> 0.57).
+template <class F>
+inline __attribute__((always_inline)) void ahead(const Weight& w, const Row& row) {
+  for (int64_t i = 0; i < 4 * F::WIDTH; i += 64) __builtin_prefetch(row.codes + ROWS * 4 * w.words + i, 0, 2);
+  __builtin_prefetch(row.scales + ROWS * 4 * w.scale_words, 0, 2);
+}
+
 // Eight codes of scales.
 template <class F>
 inline uint32_t eight_scales(const uint8_t* p) {

@@ -187,7 +187,7 @@ struct Inputs {
         const __m256i a = _mm256_loadu_si256(from + v), b = _mm256_loadu_si256(from + v + 1);
         keep(_mm256_permute2x128_si256(a, b, 0x20), q[i] + 32 * v), keep(_mm256_permute2x128_si256(a, b, 0x31), q[i] + 32 * v + 32);
       }
-      std::memcpy(sums[i], x.sums.data() + (m + i) * (k / 16) + s * (SUPER / 16), SUPER / 8);
+      std::memcpy(sums[i], x.group_sums.data() + (m + i) * (k / 16) + s * (SUPER / 16), SUPER / 8);
       for (int r = 0; r < 8 / MR; ++r) step[r * MR + i] = x.step[(m + i) * (k / SUPER) + s];
     }
   }

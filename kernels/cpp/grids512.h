@@ -109,12 +109,6 @@ BITSMITH_512_INLINE __m512i shift_of(__m512i from, int32_t bit) {
   return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(from, _mm512_set1_epi32(bit)), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
 }
 
-// The 16 rows of the next block: more streams than the hardware follows (one row, weights of 8 matrices in turn, 4096 x 4096:
-// IQ3_S 0.97 -> 0.70 ms, IQ2_XS 0.72 -> 0.57).
-BITSMITH_512_INLINE void ahead(const uint8_t* p, int64_t size) {
-  for (int64_t i = 0; i < size; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
-}
-
 // Super block s of 16 outputs: their numbers plus 128, the scales of their groups, of which `super` is a factor.
 template <class F>
 BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* super, uint8_t* to, Scales& by) {
@@ -124,8 +118,7 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* su
   for (int64_t r = 0; r < ROWS; ++r) {
     const Row row = row_at<F>(w, nb, r, s);
     codes[r] = row.codes;
-    ahead(row.codes + ROWS * 4 * w.words, 4 * F::WIDTH);
-    ahead(row.scales + ROWS * 4 * w.scale_words, 1);
+    ahead<F>(w, row);
     for (int64_t i = 0; i < GROUPS / 8; ++i) lane[i][r] = eight_scales<F>(row.scales + i * F::SCALE_BITS);
   }
   const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(F::MASK);

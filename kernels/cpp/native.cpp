@@ -24,6 +24,7 @@
 #include "rotate.h"
 #include "trellis512.h"
 #include "two_level.h"
+#include "two_level256.h"
 #include "two_level512.h"
 
 #if defined(_WIN32)
@@ -176,11 +177,11 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-// Parts of the rows one after the other: rounds their activations (`wide`: and records them), then rows(activations, nb, y of the part) for
-// each block of 16 outputs.
+// Parts of the rows one after the other: rounds their activations (`pairs`: and records them, with pairs of sums or without), then
+// rows(activations, nb, y of the part) for each block of 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
-                       [[maybe_unused]] bool wide, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+                       [[maybe_unused]] const bool* pairs, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -191,9 +192,9 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
 #if BITSMITH_X86
-    if (wide && two_level::wide::recorded(part))
-      records(part, w.chunks(), two_level::wide::record_bytes(w.chunk(), w.group, w.mins), threads, in.records,
-              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::wide::record(w, in, tile, chunk, to); });
+    if (pairs && two_level::recorded(part))
+      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, *pairs), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, *pairs, tile, chunk, to); });
 #endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
@@ -310,10 +311,11 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  bool wide = false;
+  const bool* recorded = nullptr;
 #if BITSMITH_X86
+  const bool wide = path != AVX2 && avx512::supported(), pairs = !wide || w.mins;
   if (path != GENERIC) {
-    wide = path != AVX2 && avx512::supported();
+    recorded = &pairs;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
@@ -324,7 +326,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(w, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
@@ -337,11 +339,12 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   as.supers = w.supers;  // For `chunk` alone: they lie otherwise.
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  bool wide = false;
+  const bool* recorded = nullptr;
 #if BITSMITH_X86
+  const bool wide = path != AVX2 && avx512::supported(), pairs = false;
   if (path != GENERIC) {
-    wide = path != AVX2 && avx512::supported();
-    if (wide) as.zero = grids::BIAS;
+    if (wide) recorded = &pairs, as.zero = grids::BIAS;
+    else as.group = 16;  // The sums that grids256.h reads.
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
   }
@@ -352,7 +355,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
     rows = path == NEON ? grids::neon::rows_of<grids::neon::Widen>(w) : grids::neon::rows_of<grids::neon::Dot>(w);
   }
 #endif
-  two_level_product(as, prepare, wide, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(as, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 

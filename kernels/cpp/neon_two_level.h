@@ -205,8 +205,6 @@ inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, 
   }
 }
 
-// Null for a combination that no format has.
-using Rows = void (*)(const Weight&, const Input&, int64_t nb, void* y, int32_t dtype);
 template <class By>
 Rows rows_of(const Weight& w) {
   const int32_t kind = w.bits * 1000 + w.group * 10 + w.sub_bits;

@@ -2,7 +2,7 @@
 // more than the integer (Q4_K, one core, 512 rows: 171 -> 176 billion multiply-adds a second). Sums of groups are the integers of `two_level::rows`.
 #pragma once
 #include "avx512.h"
-#include "two_level.h"
+#include "two_level256.h"
 
 #if BITSMITH_X86
 namespace bitsmith::two_level::wide {
@@ -11,10 +11,6 @@ using avx512::spread;
 
 // What is added to the values of a table, so that they have no sign; their zero point moves with them.
 constexpr int32_t BIAS = 128;
-
-// Inputs taken together: `Weight::chunk`.
-template <int SUB>
-constexpr int64_t SPAN = SUB ? SUPER : CHUNK;
 
 // Of SPAN inputs and 16 rows: the scale of each group, and the integer mins of two groups each, 16 bits in a lane.
 struct Scales {
@@ -79,45 +75,6 @@ BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
   }
 }
 
-// SPAN inputs of TILE rows, `place`d: codes of four inputs, then starts of groups (with mins, pairs of their sums), the step. Records of the tiles
-// follow each other, then those of the next inputs: the order they are read in.
-constexpr int64_t record_bytes(int64_t span, int64_t group, bool mins) { return (span + span / group / (mins ? 2 : 1) * 4 + 4) * TILE; }
-
-// Whether the activations of m rows are recorded (5632 x 2048 of Q4_K, one core, 2 rows: 0.43 ms so, 0.32 from row to row). A tile's missing rows are
-// multiplied too, whatever they hold.
-constexpr bool recorded(int64_t m) { return m > 4; }
-
-inline void record(const Weight& w, const Input& x, int64_t tile, int64_t s, uint8_t* to) {
-  const int64_t span = w.chunk(), groups = w.k / w.group, from = s * span, inputs = std::min(span, w.k - from), first = from / w.group;
-  avx512::place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, inputs / 4, to);
-  for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    if (w.mins) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + span * TILE);
-    else place(x.start.data() + row * groups + first, inputs / w.group, to + span * TILE);
-    place(x.step.data() + row * w.chunks() + s, 1, to + record_bytes(span, w.group, w.mins) - TILE * 4);
-  }
-}
-
-// Where SPAN activations of some rows lie: from row to row, or in a record.
-struct Place {
-  const char *q, *start, *step;
-  int64_t q_row, start_row, step_row;
-};
-
-template <int64_t WIDE, int GROUP, bool MINS>
-BITSMITH_512_INLINE Place apart(const Weight& w, const Input& x, int64_t m, int64_t s) {
-  const int64_t groups = w.k / GROUP, group = m * groups + s * WIDE / GROUP, width = MINS ? 2 : 4;
-  const void* start = MINS ? static_cast<const void*>(x.group_sums.data() + group) : x.start.data() + group;
-  return {reinterpret_cast<const char*>(x.q.data() + m * x.stride + s * WIDE), static_cast<const char*>(start),
-          reinterpret_cast<const char*>(x.step.data() + m * w.chunks() + s), x.stride, groups * width, w.chunks() * 4};
-}
-
-template <int64_t WIDE, int GROUP, bool MINS>
-BITSMITH_512_INLINE Place in_record(const Input& x, int64_t m, int64_t s) {
-  const int64_t tiles = (x.m + TILE - 1) / TILE, size = record_bytes(WIDE, GROUP, MINS);
-  const char* p = reinterpret_cast<const char*>(x.records.data()) + (s * tiles + m / TILE) * size + m % TILE * 4;
-  return {p, p + WIDE * TILE, p + size - TILE * 4, 4, 4, 4};
-}
-
 BITSMITH_512_INLINE void values(__m512i table, __m512i (&v)[8]) {
   for (auto& one : v) one = _mm512_shuffle_epi8(table, one);
 }
@@ -140,7 +97,7 @@ BITSMITH_512_INLINE void tile(const Weight& w, const Input& in, const uint8_t* c
   for (int64_t b = 0; b < blocks; ++b, codes += 64 * BITS, q += 8 * NEXT) {
     __m512i v[8];
     // Bytes are those of grids512.h, which are near.
-    if constexpr (BITS < 8) avx512::ahead<BITS, MR>(codes);
+    if constexpr (BITS < 8) ahead<BITS, MR>(codes);
     avx512::unpack<BITS>(codes, v);
     if constexpr (TABLE) values(table, v);
     for (int part = 0; part < PARTS; ++part) {
@@ -202,7 +159,7 @@ BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
 }
 
 // Null for a combination that no format has.
-inline vectors::Rows rows_of(const Weight& w) {
+inline Rows rows_of(const Weight& w) {
   if (!w.supers) return w.group == 16 ? rows<4, 16, 0, true> : rows<4, 32, 0, true>;
   const int32_t kind = w.bits * 1000 + w.group * 10 + w.sub_bits;
   if (w.table) return kind == 4326 ? rows<4, 32, 6, true> : nullptr;
