@@ -99,6 +99,13 @@ inline __attribute__((always_inline)) void ahead(const uint8_t* p) {
   for (int j = 0; j < BITS; ++j) __builtin_prefetch(p + (ROW ? 8192 : 2048) + 64 * j, 0, ROW ? 2 : 3);
 }
 
+// This thread's room for `count` sums, whatever it holds.
+inline float* scratch(int64_t count) {
+  static thread_local std::vector<float> room;
+  if (static_cast<int64_t>(room.size()) < count) room.resize(static_cast<size_t>(count));
+  return room.data();
+}
+
 #if defined(__aarch64__)
 using Half = __fp16;  // GCC before 13 has no _Float16 in C++ there.
 #else

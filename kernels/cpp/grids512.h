@@ -149,17 +149,16 @@ BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* su
 
 template <class F>
 BITSMITH_512 void rows(const Weight& w, const two_level::Weight& as, const Input& x, int64_t nb, void* y, int32_t dtype) {
-  static thread_local std::vector<float> totals;
-  totals.assign(static_cast<size_t>((x.m + TILE) * ROWS), 0.0f);
+  float* const totals = scratch((x.m + TILE) * ROWS);
   alignas(64) uint8_t number[SUPER * ROWS];
   alignas(64) float super[ROWS];
   Scales by;
   for (int64_t s = 0; s < w.k / SUPER; ++s) {
     for (int64_t r = 0; r < ROWS; ++r) super[r] = super_of(w, nb, r, s);
     decode<F>(w, nb, s, super, number, by);
-    two_level::wide::span<8, F::GROUP, 8, false>(as, x, number, by, __m512i{}, __m512{}, s, totals.data());
+    two_level::wide::span<8, F::GROUP, 8, false>(as, x, number, by, __m512i{}, __m512{}, s, totals);
   }
-  for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals.data() + m * ROWS), w.n - nb * ROWS);
+  for (int64_t m = 0; m < x.m; ++m) avx512::store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals + m * ROWS), w.n - nb * ROWS);
 }
 
 inline Rows rows_of(const Weight& w) {

@@ -79,7 +79,7 @@ BITSMITH_512_INLINE void values(__m512i table, __m512i (&v)[8]) {
   for (auto& one : v) one = _mm512_shuffle_epi8(table, one);
 }
 
-// total[m][16 outputs] += SPAN inputs, the s-th, of rows m0 .. m0 + MR - 1, RECORDED: of one tile. codes: as stored.
+// total[m][16 outputs] += (s = 0: =) SPAN inputs, the s-th, of rows m0 .. m0 + MR - 1, RECORDED: of one tile. codes: as stored.
 template <int BITS, int GROUP, int SUB, bool TABLE, int MR, bool RECORDED>
 BITSMITH_512_INLINE void tile(const Weight& w, const Input& in, const uint8_t* codes, const Scales& by, __m512i table, __m512 dmin, int64_t s, int64_t m0,
                               float* total) {
@@ -120,7 +120,8 @@ BITSMITH_512_INLINE void tile(const Weight& w, const Input& in, const uint8_t* c
       for (int pair = 0; pair < WIDE / GROUP / 2; ++pair) low = _mm512_dpwssd_epi32(low, by.mins[pair], spread(x.start + m * start_row + pair * NEXT));
       whole[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), dmin, whole[m]);
     }
-    _mm512_storeu_ps(to, _mm512_fmadd_ps(whole[m], _mm512_castsi512_ps(spread(x.step + m * step_row)), _mm512_loadu_ps(to)));
+    const __m512 all = s ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
+    _mm512_storeu_ps(to, _mm512_fmadd_ps(whole[m], _mm512_castsi512_ps(spread(x.step + m * step_row)), all));
   }
 }
 
@@ -143,9 +144,7 @@ BITSMITH_512_INLINE void span(const Weight& w, const Input& x, const uint8_t* co
 
 template <int BITS, int GROUP, int SUB, bool TABLE>
 BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
-  static thread_local std::vector<float> totals;
-  totals.assign(static_cast<size_t>((x.m + TILE) * ROWS), 0.0f);
-  float* total = totals.data();
+  float* const total = scratch((x.m + TILE) * ROWS);
   const __m512i table = TABLE ? _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table))),
                                                 _mm512_set1_epi8(static_cast<char>(BIAS)))
                               : _mm512_setzero_si512();
