@@ -18,6 +18,8 @@ from bitsmith.kernels import attention, paged
 from bitsmith.kernels.attention import KVShape
 from bitsmith.kernels.lang import jit, tl
 from bitsmith.kernels.paged_tiles import pieces, splits
+from bitsmith.kernels.pages import large_pages
+from bitsmith.kv_quant import int8, none
 from bitsmith.kv_quant.base import KVCache, load_codec
 from bitsmith.samplers.params import SamplingParams
 from bitsmith.serve.engine import Engine, EngineConfig
@@ -38,6 +40,8 @@ def poison(t: Tensor) -> Tensor:
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: poison(real(*size, **options)))
+    for codec in (int8, none):
+        monkeypatch.setattr(codec, "large_pages", lambda *what: poison(large_pages(*what)))
     monkeypatch.setenv("BITSMITH_KERNELS", "triton")
 
 
