@@ -51,7 +51,7 @@ def error(y: Tensor, x: Tensor, weight: Tensor) -> float:
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_XS"])
 def test_more_rows_than_a_cache_holds(name: str) -> None:
-    """1 MB of activations goes through a product at once: the last part ends inside a tile."""
+    """Half a MB of activations goes through a product at once: the last part ends inside a tile."""
     product = pack(random_qtensor(name, (40, 4096)))
     x = torch.randn(603, 4096)
     assert torch.equal(product(x), torch.cat([product(piece) for piece in x.split(201)]))
