@@ -26,7 +26,10 @@ class _Attention(ctypes.Structure):
     """`Attention` of cpp/attend.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "k_scales", "v_scales", "out", "table", "context", "sinks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "k_scales", "v_scales", "out", "table", "context", "sinks")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "key_dim", "value_dim", "pages")),
         *((name, ctypes.c_int64) for name in ("block_size", "window", "q_stride")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -190,7 +193,11 @@ scatter = ops.define(
 def reads(parts: Sequence[Tensor], dim: int) -> bool:
     """Whether these are keys or values of `dim` numbers as the library reads them: bfloat16 [slots, Hkv, dim], or int8
     codes and a bfloat16 scale [slots, Hkv, 1] for each vector, value = code * scale rounded to bfloat16."""
-    if dim > LARGEST_DIM or parts[0].shape[-1] != dim or not all(part.is_cpu and part.is_contiguous() for part in parts):
+    if (
+        dim > LARGEST_DIM
+        or parts[0].shape[-1] != dim
+        or not all(part.is_cpu and part.is_contiguous() for part in parts)
+    ):
         return False
     dtypes = [part.dtype for part in parts]
     return dtypes == [torch.bfloat16] or (dtypes == [torch.int8, torch.bfloat16] and parts[1].shape[-1] == 1)

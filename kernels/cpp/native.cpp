@@ -178,11 +178,13 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   });
 }
 
-// Parts of the rows one after the other: rounds their activations (`pairs`: and records them, with pairs of sums or without), then
-// rows(activations, nb, y of the part) for each block of 16 outputs.
+// Whether activations of many rows are recorded, and what of their groups.
+enum class Records { NONE, STARTS, PAIRS };
+
+// Parts of the rows one after the other: rounds and records their activations, then rows(activations, nb, y of the part) for each block of 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
-                       [[maybe_unused]] const bool* pairs, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+                       [[maybe_unused]] Records kind, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -193,9 +195,10 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
 #if BITSMITH_X86
-    if (pairs && two_level::recorded(part))
-      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, *pairs), threads, in.records,
-              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, *pairs, tile, chunk, to); });
+    const bool pairs = kind == Records::PAIRS;
+    if (kind != Records::NONE && two_level::recorded(part))
+      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, pairs), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, pairs, tile, chunk, to); });
 #endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
@@ -312,11 +315,11 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  const bool* recorded = nullptr;
+  Records kind = Records::NONE;
 #if BITSMITH_X86
-  const bool wide = path != AVX2 && avx512::supported(), pairs = !wide || w.mins;
+  const bool wide = path != AVX2 && avx512::supported();
   if (path != GENERIC) {
-    recorded = &pairs;
+    kind = wide && !w.mins ? Records::STARTS : Records::PAIRS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
@@ -327,7 +330,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(w, prepare, kind, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
@@ -340,11 +343,11 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   as.supers = w.supers;  // For `chunk` alone: they lie otherwise.
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  const bool* recorded = nullptr;
+  Records kind = Records::NONE;
 #if BITSMITH_X86
-  const bool wide = path != AVX2 && avx512::supported(), pairs = false;
+  const bool wide = path != AVX2 && avx512::supported();
   if (path != GENERIC) {
-    if (wide) recorded = &pairs, as.zero = grids::BIAS;
+    if (wide) kind = Records::STARTS, as.zero = grids::BIAS;
     else as.group = 16;  // The sums that grids256.h reads.
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
@@ -356,7 +359,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
     rows = path == NEON ? grids::neon::rows_of<grids::neon::Widen>(w) : grids::neon::rows_of<grids::neon::Dot>(w);
   }
 #endif
-  two_level_product(as, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(as, prepare, kind, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
