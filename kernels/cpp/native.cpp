@@ -10,6 +10,7 @@
 #include "chunk512.h"
 #include "common.h"
 #include "floats.h"
+#include "floats512.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
@@ -145,6 +146,9 @@ int64_t together(int64_t m, int64_t k) {
   return round_up((m + parts - 1) / parts, TILE);
 }
 
+// Rows of bfloat16 activations that pass each panel.
+constexpr int64_t PAIRED = 512;
+
 const void* row_of(const void* p, int64_t at, int32_t dtype) { return static_cast<const char*>(p) + at * (dtype == F32 ? 4 : 2); }
 void* row_of(void* p, int64_t at, int32_t dtype) { return static_cast<char*>(p) + at * (dtype == F32 ? 4 : 2); }
 
@@ -176,6 +180,26 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
     rows(w, in, i * wide, y, y_dtype);
   });
 }
+
+#if BITSMITH_X86
+// bitsmith_floats of bfloat16 activations with AVX-512.
+void floats_pairs(const Source& s, const uint16_t* x, int64_t m, void* y, int32_t y_dtype, int32_t threads) {
+  static thread_local std::vector<uint8_t> buffer;
+  const int64_t k = s.w.k, steps = (k + pairs512::STEP - 1) / pairs512::STEP, count = s.w.row_blocks();
+  for (int64_t first = 0; first < m; first += PAIRED) {
+    const int64_t part = std::min(PAIRED, m - first), wide = part <= TILE ? 1 : PANELS;
+    const uint16_t* from = x + first * k;
+    void* to = row_of(y, first * s.w.n, y_dtype);
+    records(part, steps, pairs512::RECORD_BYTES, part * k < (1 << 15) ? 1 : threads, buffer,
+            [&](int64_t tile, int64_t step, uint8_t* out) { pairs512::record(from, k, part, k, tile, step, out); });
+    // Of this thread: a task may be another's.
+    const uint8_t* recorded = buffer.data();
+    pool().run((count + wide - 1) / wide, threads, [&](int64_t task) {
+      floats512::rows(s, part, recorded, task * wide, std::min(wide, count - task * wide), to, y_dtype);
+    });
+  }
+}
+#endif
 
 // Parts of the rows one after the other: rounds their activations (`pairs`: and records them, with pairs of sums or without), then
 // rows(activations, nb, y of the part) for each block of 16 outputs.
@@ -228,7 +252,7 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
   if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
-  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
+  if (path < 0 && x_dtype == BF16 && avx512::supported()) return floats_pairs(s, static_cast<const uint16_t*>(x), m, y, y_dtype, threads);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;

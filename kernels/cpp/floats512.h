@@ -1,0 +1,110 @@
+// Weights of floats.h as bfloat16 for bfloat16 activations, with AVX-512: the product of pairs512.h. Every decoder serves, through a panel in float32; the
+// trellis (trellis512.h) and vectors of eight write pairs themselves.
+#pragma once
+#include "floats.h"
+#include "pairs512.h"
+#include "trellis512.h"
+
+#if BITSMITH_X86
+namespace bitsmith::floats512 {
+
+using trellis512::Pairs;
+static_assert(pairs512::STEP == PANEL);
+
+// Inputs 2 i and 2 i + 1 of panel [count][16] side by side; beyond `count`, zeros up to whole 16s.
+BITSMITH_512 inline void paired(float* panel, int64_t count, uint32_t* pairs) {
+  const int64_t inputs = (count + pairs512::WHOLE - 1) / pairs512::WHOLE * pairs512::WHOLE;
+  std::memset(panel + count * ROWS, 0, static_cast<size_t>((inputs - count) * ROWS * 4));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  for (int64_t i = 0; i < inputs; i += 2, pairs += ROWS) {
+    const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(panel + (i + 1) * ROWS), _mm512_loadu_ps(panel + i * ROWS));
+    _mm512_store_si512(pairs, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(apart)));
+  }
+}
+
+template <int DTYPE>
+BITSMITH_512_INLINE __m256 entry8(const char* table, int64_t entry) {
+  if constexpr (DTYPE == F32) return _mm256_loadu_ps(reinterpret_cast<const float*>(table + entry * 32));
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table + entry * 16));
+  if constexpr (DTYPE == F16) return _mm256_cvtph_ps(raw);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+}
+
+// The eight inputs of one output that `code` stands for. BOOKS: as many, or any number where 0.
+template <int DTYPE, int BOOKS>
+BITSMITH_512_INLINE __m256 octet(const Source& s, uint32_t code) {
+  const int books = BOOKS ? BOOKS : s.books;
+  const uint32_t mask = (uint64_t{1} << s.w.bits) - 1;
+  const char* table = static_cast<const char*>(s.table);
+  __m256 sum = entry8<DTYPE>(table, code & mask);
+  for (int book = 1; book < books; ++book)
+    sum = _mm256_add_ps(sum, entry8<DTYPE>(table += int64_t{8 * (DTYPE == F32 ? 4 : 2)} << s.w.bits, code >> book * s.w.bits & mask));
+  return sum;
+}
+
+template <int DTYPE, int BOOKS>
+BITSMITH_512 void vectors(const Source& s, int64_t nb, int64_t k0, int64_t count, uint32_t* pairs) {
+  const int64_t octets = (count + 7) / 8;
+  uint32_t codes[ROWS][PANEL / 8];
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const uint32_t* row = reinterpret_cast<const uint32_t*>(s.w.codes) + std::min(nb * ROWS + r, s.w.n - 1) * s.words;
+    floats256::read_codes(row, s.words, s.w.bits * s.books, k0 / 8, octets, codes[r]);
+  }
+  floats256::Scales scales(s, nb, k0);
+  __m512 scale[8];
+  for (int64_t o = 0; o < octets; ++o, pairs += 4 * ROWS) {
+    if (k0 + o * 8 >= scales.next) {
+      scales.at(k0 + o * 8);
+      const float* one = reinterpret_cast<const float*>(scales.scale);
+      for (int i = 0; i < 8; ++i) scale[i] = _mm512_insertf32x8(_mm512_set1_ps(one[i / 2 + i % 2 * 8]), _mm256_set1_ps(one[i / 2 + i % 2 * 8 + 4]), 1);
+    }
+    // Vector i: outputs i, i + 4, i + 8 and i + 12.
+    __m512i v[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      __m512 half[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m512 low = _mm512_castps256_ps512(octet<DTYPE, BOOKS>(s, codes[i + 8 * h][o]));
+        half[h] = _mm512_mul_ps(_mm512_insertf32x8(low, octet<DTYPE, BOOKS>(s, codes[i + 8 * h + 4][o]), 1), scale[2 * i + h]);
+      }
+      v[i] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(half[1], half[0]));
+    }
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    _mm512_store_si512(pairs, _mm512_unpacklo_epi64(a, c));
+    _mm512_store_si512(pairs + ROWS, _mm512_unpackhi_epi64(a, c));
+    _mm512_store_si512(pairs + 2 * ROWS, _mm512_unpacklo_epi64(b, d));
+    _mm512_store_si512(pairs + 3 * ROWS, _mm512_unpackhi_epi64(b, d));
+  }
+  if (octets % 2) std::memset(pairs, 0, 4 * ROWS * 4);
+}
+
+template <int DTYPE>
+Pairs vectors_of(int32_t books) {
+  return books == 1 ? vectors<DTYPE, 1> : books == 2 ? vectors<DTYPE, 2> : vectors<DTYPE, 0>;
+}
+
+// The decoder of pairs, or null: through float32.
+inline Pairs pairs_of(const Source& s) {
+  if (s.form == TRELLIS) return trellis512::pairs_of(s);
+  if (s.form != VECTORS || s.vec != 8) return nullptr;
+  return s.table_kind == F32 ? vectors_of<F32>(s.books) : s.table_kind == F16 ? vectors_of<F16>(s.books) : vectors_of<BF16>(s.books);
+}
+
+// `count` row blocks from nb on, all m rows of `records`.
+BITSMITH_512 inline void rows(const Source& s, int64_t m, const uint8_t* records, int64_t nb, int64_t count, void* y, int32_t dtype) {
+  const Pairs pairs = pairs_of(s);
+  const Decode decode = pairs ? nullptr : floats256::decode_of(s);
+  const auto fill = [&](int64_t block, int64_t k0, int64_t inputs, pairs512::Panel& panel) BITSMITH_512 {
+    panel.scale[0] = _mm512_set1_ps(1);
+    if (pairs) return pairs(s, block, k0, inputs, panel.pairs);
+    alignas(64) float wide[PANEL * ROWS];
+    decode(s, block, k0, inputs, wide);
+    paired(wide, inputs, panel.pairs);
+  };
+  pairs512::rows(fill, s.w.n, s.w.k, m, records, pairs512::STEP / 2, nb, count, y, dtype);
+}
+
+}  // namespace bitsmith::floats512
+#endif

@@ -1,0 +1,102 @@
+// Products of bfloat16 activations with AVX-512 where weights are decoded a panel at a time: 16 outputs by STEP inputs, pairs of neighbouring ones side by
+// side as vdpbf16ps takes them. The panel stays in the first-level cache while all rows pass it.
+#pragma once
+#include <numeric>
+
+#include "avx512.h"
+
+#if BITSMITH_X86
+namespace bitsmith::pairs512 {
+
+constexpr int64_t STEP = 256;
+// Scales of a panel: at least 32 inputs have one.
+constexpr int64_t PARTS = STEP / BLOCK;
+// Inputs come in whole 16s, zeros at the end: eight pairs, for up to eight sums of a row.
+constexpr int64_t WHOLE = 16;
+
+struct Panel {
+  alignas(64) uint32_t pairs[STEP / 2 * ROWS];
+  __m512 scale[PARTS];
+};
+
+// STEP inputs of TILE rows: words [STEP / 2][TILE], each a pair. Records of the tiles follow each other, then those of the next STEP inputs.
+constexpr int64_t RECORD_BYTES = STEP * TILE * 2;
+
+// Rows of `k` inputs, `stride` apart.
+inline void record(const uint16_t* x, int64_t stride, int64_t m, int64_t k, int64_t tile, int64_t step, uint8_t* to) {
+  const int64_t first = step * STEP, count = std::min(STEP, k - first);
+  std::memset(to + count / 2 * TILE * 4, 0, static_cast<size_t>(((count + WHOLE - 1) / WHOLE * WHOLE / 2 - count / 2) * TILE * 4));
+  for (int64_t row = tile * TILE; row < std::min(m, (tile + 1) * TILE); ++row, to += 4) {
+    const uint16_t* from = x + row * stride + first;
+    place(from, count / 2, to);
+    if (count % 2) std::memcpy(to + count / 2 * TILE * 4, from + count - 1, 2);
+  }
+}
+
+// sum + products of pairs w with the one at p. Written out for the reason at add_dot of avx512.h.
+BITSMITH_512_INLINE __m512 add_pairs(__m512 sum, __m512i w, const void* p) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const char(*)[4]>(p)));
+  return sum;
+}
+
+// total [MR][16] += MR rows of a record by `pairs` pairs of a panel, each `per` of them by their scale.
+template <int MR>
+BITSMITH_512 void tile(const uint8_t* record, const Panel& panel, int64_t pairs, int64_t per, bool starts, float* total) {
+  // Eight sums: a product takes six cycles and one begins in each.
+  constexpr int APART = 8 / MR;
+  __m512 all[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) all[m] = starts ? _mm512_setzero_ps() : _mm512_loadu_ps(total + m * ROWS);
+  const uint32_t* w = panel.pairs;
+  for (const __m512* scale = panel.scale; pairs > 0; pairs -= per, ++scale) {
+    __m512 sum[MR][APART];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 8
+      for (int a = 0; a < APART; ++a) sum[m][a] = _mm512_setzero_ps();
+    for (const uint32_t* stop = w + std::min(per, pairs) * ROWS; w < stop; w += APART * ROWS, record += APART * TILE * 4)
+#pragma GCC unroll 8
+      for (int a = 0; a < APART; ++a) {
+        const __m512i weights = _mm512_load_si512(w + a * ROWS);
+#pragma GCC unroll 8
+        for (int m = 0; m < MR; ++m) sum[m][a] = add_pairs(sum[m][a], weights, record + a * TILE * 4 + m * 4);
+      }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+      for (int a = 1; a < APART; ++a) sum[m][0] = _mm512_add_ps(sum[m][0], sum[m][a]);
+      all[m] = _mm512_fmadd_ps(sum[m][0], *scale, all[m]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(total + m * ROWS, all[m]);
+}
+
+// Outputs of `count` row blocks from nb on, m rows of k inputs. fill(nb, first input, inputs, panel) decodes a panel, with a scale for each `per` pairs.
+template <class Fill>
+BITSMITH_512 void rows(const Fill& fill, int64_t n, int64_t k, int64_t m, const uint8_t* records, int64_t per, int64_t nb, int64_t count, void* y, int32_t dtype) {
+  const int64_t tiles = (m + TILE - 1) / TILE, room = tiles * TILE * ROWS;
+  float* const totals = scratch(count * room);
+  Panel panel;
+  for (int64_t k0 = 0; k0 < k; k0 += STEP, records += tiles * RECORD_BYTES) {
+    const int64_t inputs = std::min(STEP, k - k0), pairs = (inputs + WHOLE - 1) / WHOLE * WHOLE / 2;
+    for (int64_t i = 0; i < count; ++i) {
+      fill(nb + i, k0, inputs, panel);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const uint8_t* record = records + t * RECORD_BYTES;
+        float* total = totals + i * room + t * TILE * ROWS;
+        const int64_t left = m - t * TILE;
+        if (left > 4) tile<8>(record, panel, pairs, per, k0 == 0, total);
+        else if (left > 2) tile<4>(record, panel, pairs, per, k0 == 0, total);
+        else if (left > 1) tile<2>(record, panel, pairs, per, k0 == 0, total);
+        else tile<1>(record, panel, pairs, per, k0 == 0, total);
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t row = 0; row < m; ++row)
+      avx512::store16(y, row * n + (nb + i) * ROWS, dtype, _mm512_loadu_ps(totals + i * room + row * ROWS), n - (nb + i) * ROWS);
+}
+
+}  // namespace bitsmith::pairs512
+#endif
