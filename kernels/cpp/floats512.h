@@ -15,11 +15,8 @@ static_assert(pairs512::STEP == PANEL);
 BITSMITH_512 inline void paired(float* panel, int64_t count, uint32_t* pairs) {
   const int64_t inputs = (count + pairs512::WHOLE - 1) / pairs512::WHOLE * pairs512::WHOLE;
   std::memset(panel + count * ROWS, 0, static_cast<size_t>((inputs - count) * ROWS * 4));
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int64_t i = 0; i < inputs; i += 2, pairs += ROWS) {
-    const __m512bh apart = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(panel + (i + 1) * ROWS), _mm512_loadu_ps(panel + i * ROWS));
-    _mm512_store_si512(pairs, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(apart)));
-  }
+  for (int64_t i = 0; i < inputs; i += 2, pairs += ROWS)
+    _mm512_store_si512(pairs, pairs512::paired(_mm512_loadu_ps(panel + i * ROWS), _mm512_loadu_ps(panel + (i + 1) * ROWS)));
 }
 
 template <int DTYPE>

@@ -58,14 +58,19 @@ int32_t best_path() {
   return GENERIC;
 }
 
-#if BITSMITH_X86 && defined(__linux__)
+// Several row blocks at a time, or null where one is taken after the other.
 using Panels = void (*)(const Weight&, const Input&, int64_t nb, int64_t count, void* y, int32_t dtype);
 
-Panels panels_of(const Weight& w) {
-  if (w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
-  BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
-}
+Panels panels_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int64_t m, [[maybe_unused]] int32_t path) {
+#if BITSMITH_X86
+#if defined(__linux__)
+  if (path == FOLDED && w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
+  if (path == FOLDED) BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
 #endif
+  if (path == AVX512 && pairs512::taken(w, m)) BITSMITH_BY_BITS(w.bits, pairs512::table_rows, BFLOAT)
+#endif
+  return nullptr;
+}
 
 Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
@@ -158,10 +163,10 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   Input& in = buffers;
   shape(w, path == FOLDED ? BFLOAT : w.kind, m, in);
   const Prepare prepare = prepare_of(w, path);
-  int64_t wide = path == AMX ? 2 : 1;
+  const Panels panels = panels_of(w, m, path);
+  int64_t wide = path == AMX ? 2 : panels ? PANELS : 1;
 #if BITSMITH_X86 && defined(__linux__)
-  const Panels panels = path == FOLDED ? panels_of(w) : nullptr;
-  if (panels) wide = folded::width(w, threads);
+  if (path == FOLDED) wide = folded::width(w, threads);
 #endif
   const Rows rows = rows_of(w, path);
   const int64_t count = (w.row_blocks() + wide - 1) / wide;
@@ -172,11 +177,12 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
     records(m, (in.inputs + avx512::STEP - 1) / avx512::STEP, avx512::record_bytes(in.chunk), threads, in.records,
             [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
+  if (path == AVX512 && panels)
+    records(m, (w.k_blocks() * BLOCK + pairs512::STEP - 1) / pairs512::STEP, pairs512::RECORD_BYTES, threads, in.records,
+            [&](int64_t tile, int64_t step, uint8_t* to) { pairs512::record(in.b.data(), in.stride, m, w.k_blocks() * BLOCK, tile, step, to); });
 #endif
   pool().run(count, threads, [&](int64_t i) {
-#if BITSMITH_X86 && defined(__linux__)
-    if (panels) return panels(w, in, i * wide, wide, y, y_dtype);
-#endif
+    if (panels) return panels(w, in, i * wide, std::min(wide, w.row_blocks() - i * wide), y, y_dtype);
     rows(w, in, i * wide, y, y_dtype);
   });
 }
@@ -236,7 +242,7 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
                                   int32_t threads, int32_t path) {
   const Weight& w = *weight;
   if (path < 0) path = choose(w, m);
-  const int64_t step = path == AMX || path == FOLDED ? m : together(m, w.k);
+  const int64_t step = path == AMX || path == FOLDED ? m : path == AVX512 && w.kind == BFLOAT ? PAIRED : together(m, w.k);
   for (int64_t first = 0; first < m; first += step)
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }

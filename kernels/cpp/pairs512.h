@@ -33,6 +33,12 @@ inline void record(const uint16_t* x, int64_t stride, int64_t m, int64_t k, int6
   }
 }
 
+// Pairs of lanes of two vectors, rounded.
+BITSMITH_512_INLINE __m512i paired(__m512 first, __m512 second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+}
+
 // sum + products of pairs w with the one at p. Written out for the reason at add_dot of avx512.h.
 BITSMITH_512_INLINE __m512 add_pairs(__m512 sum, __m512i w, const void* p) {
   asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*static_cast<const char(*)[4]>(p)));
@@ -96,6 +102,39 @@ BITSMITH_512 void rows(const Fill& fill, int64_t n, int64_t k, int64_t m, const 
   for (int64_t i = 0; i < count; ++i)
     for (int64_t row = 0; row < m; ++row)
       avx512::store16(y, row * n + (nb + i) * ROWS, dtype, _mm512_loadu_ps(totals + i * room + row * ROWS), n - (nb + i) * ROWS);
+}
+
+// Whether BFLOAT weights go through panels: where registers hold all rows, `few` of avx512.h is faster.
+inline bool taken(const Weight& w, int64_t m) { return w.kind == BFLOAT && m > TILE; }
+
+// Outputs of `count` row blocks from nb on of BFLOAT weights, all rows. Values are not rounded again but for zero points, which are taken off here.
+template <int BITS, int KIND>
+BITSMITH_512 void table_rows(const Weight& w, const Input& x, int64_t nb, int64_t count, void* y, int32_t dtype) {
+  const avx512::Table<BITS> table(w.values);
+  const int64_t per = std::gcd(w.chunk(), STEP);
+  const auto fill = [&](int64_t block, int64_t k0, int64_t inputs, Panel& panel) BITSMITH_512 {
+    __m512 zero;
+    for (int64_t k = 0; k < inputs; k += BLOCK) {
+      if (k % per == 0) avx512::scales16(w, block, (k0 + k) / w.group, w.groups(), panel.scale[k / per], zero);
+      const uint8_t* codes = w.block(block, (k0 + k) / BLOCK);
+      __m512i v[8];
+      if constexpr (BITS < 8) ahead<BITS, 2>(codes);
+      avx512::unpack<BITS>(codes, v);
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        __m512i pair[2];
+        table.look_up(v[j], pair[0], pair[1]);
+        for (int h = 0; h < 2; ++h) {
+          if (w.zeros) {
+            const __m512 first = _mm512_castsi512_ps(_mm512_slli_epi32(pair[h], 16)), second = _mm512_castsi512_ps(_mm512_and_si512(pair[h], _mm512_set1_epi32(0xffff0000)));
+            pair[h] = paired(_mm512_sub_ps(first, zero), _mm512_sub_ps(second, zero));
+          }
+          _mm512_store_si512(panel.pairs + (k / 2 + 2 * j + h) * ROWS, pair[h]);
+        }
+      }
+    }
+  };
+  rows(fill, w.n, w.k_blocks() * BLOCK, x.m, x.records.data(), per / 2, nb, count, y, dtype);
 }
 
 }  // namespace bitsmith::pairs512
