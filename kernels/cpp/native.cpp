@@ -146,13 +146,17 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
 constexpr int64_t TOGETHER = 1 << 19;
 
-int64_t together(int64_t m, int64_t k) {
-  const int64_t parts = std::max<int64_t>(1, (m * k + TOGETHER - 1) / TOGETHER);
+// Rows of bfloat16 activations that pass each panel of pairs512.h, at most: decoding it takes what 4 to 16 rows do.
+constexpr int64_t PAIRED = 512;
+
+// m rows in equal parts of whole tiles, at least one: the rows of a part.
+int64_t part_of(int64_t m, int64_t parts) {
+  parts = std::max<int64_t>(1, parts);
   return round_up((m + parts - 1) / parts, TILE);
 }
 
-// Rows of bfloat16 activations that pass each panel.
-constexpr int64_t PAIRED = 512;
+int64_t together(int64_t m, int64_t k) { return part_of(m, (m * k + TOGETHER - 1) / TOGETHER); }
+int64_t paired(int64_t m) { return part_of(m, (m + PAIRED - 1) / PAIRED); }
 
 const void* row_of(const void* p, int64_t at, int32_t dtype) { return static_cast<const char*>(p) + at * (dtype == F32 ? 4 : 2); }
 void* row_of(void* p, int64_t at, int32_t dtype) { return static_cast<char*>(p) + at * (dtype == F32 ? 4 : 2); }
@@ -191,9 +195,9 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
 // bitsmith_floats of bfloat16 activations with AVX-512.
 void floats_pairs(const Source& s, const uint16_t* x, int64_t m, void* y, int32_t y_dtype, int32_t threads) {
   static thread_local std::vector<uint8_t> buffer;
-  const int64_t k = s.w.k, steps = (k + pairs512::STEP - 1) / pairs512::STEP, count = s.w.row_blocks();
-  for (int64_t first = 0; first < m; first += PAIRED) {
-    const int64_t part = std::min(PAIRED, m - first), wide = part <= TILE ? 1 : PANELS;
+  const int64_t k = s.w.k, steps = (k + pairs512::STEP - 1) / pairs512::STEP, count = s.w.row_blocks(), most = paired(m);
+  for (int64_t first = 0; first < m; first += most) {
+    const int64_t part = std::min(most, m - first), wide = part <= TILE ? 1 : PANELS;
     const uint16_t* from = x + first * k;
     void* to = row_of(y, first * s.w.n, y_dtype);
     records(part, steps, pairs512::RECORD_BYTES, part * k < (1 << 15) ? 1 : threads, buffer,
@@ -242,12 +246,12 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
                                   int32_t threads, int32_t path) {
   const Weight& w = *weight;
   if (path < 0) path = choose(w, m);
-  const int64_t step = path == AMX || path == FOLDED ? m : path == AVX512 && w.kind == BFLOAT ? PAIRED : together(m, w.k);
+  const int64_t step = path == AMX || path == FOLDED ? m : path == AVX512 && w.kind == BFLOAT ? paired(m) : together(m, w.k);
   for (int64_t first = 0; first < m; first += step)
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// The same in float32, of everything floats.h decodes; with AVX-512, bfloat16 x by floats512.h. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
 // best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
                                   [[maybe_unused]] int32_t path) {
@@ -258,7 +262,7 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
   if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
-  if (path < 0 && x_dtype == BF16 && avx512::supported()) return floats_pairs(s, static_cast<const uint16_t*>(x), m, y, y_dtype, threads);
+  if (path < 0 && x_dtype == BF16 && floats512::taken(s, m) && avx512::supported()) return floats_pairs(s, static_cast<const uint16_t*>(x), m, y, y_dtype, threads);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
