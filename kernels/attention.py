@@ -90,7 +90,7 @@ def paged_attention(
     out, grouped = None, 0
     if native(q, cache_k, cache_v):
         more = (block_size, scale, window, softcap, None if sinks is None else sinks.float())
-        out, grouped = _by_library(q, cache_k[0], cache_v[0], cu_q, context_len, block_table, num_decode, more)
+        out, grouped = _by_library(q, cache_k, cache_v, cu_q, context_len, block_table, num_decode, more)
         if out is not None and grouped == len(context_len):
             return out
     if window not in memo:
@@ -112,15 +112,15 @@ def paged_attention(
 
 
 def native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
-    """Whether the native library reads this cache: one part of bfloat16 each, heads of up to LARGEST_KEY_DIM."""
-    plain = len(cache_k) == 1 and q.shape[-1] == cache_k[0].shape[-1] <= native_layer.LARGEST_KEY_DIM
-    return plain and native_layer.usable(q, cache_k[0], cache_v[0])
+    """Whether the native library reads this cache with these queries."""
+    dims = q.shape[-1], cache_v[0].shape[-1]
+    return native_layer.usable(q) and all(map(native_layer.reads, (cache_k, cache_v), dims))
 
 
 def _by_library(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Parts,
+    v: Parts,
     cu_q: Tensor,
     context_len: Tensor,
     block_table: Tensor,
@@ -136,10 +136,10 @@ def _by_library(
         decoded = native_layer.attend(dense[:num_decode], k, v, table, lengths, *more)
         if num_decode == q.shape[0]:
             return decoded, num_decode
-    chunks = native_layer.takes_chunks(k, v)
+    chunks = native_layer.takes_chunks(k[0].shape[2], v[0].shape[2])
     if decoded is None and not chunks:
         return None, 0
-    out = q.new_empty(*q.shape[:2], v.shape[2])
+    out = q.new_empty(*q.shape[:2], v[0].shape[2])
     if decoded is not None:
         out[:num_decode] = decoded
     if not chunks:

@@ -2,6 +2,7 @@
 //
 // Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
 #include "amx.h"
+#include "attend.h"
 #include "attend512.h"
 #include "avx2.h"
 #include "avx512.h"
@@ -237,7 +238,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/library.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 18; }
+BITSMITH_API int32_t bitsmith_abi() { return 19; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -473,30 +474,12 @@ BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const
   });
 }
 
-// Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
-// plain: the loops of layer.h, for tests.
-BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
-  const layer::Attention& a = *what;
-  const int64_t shared = a.heads / a.kv_heads, parts = (shared + layer::GROUP - 1) / layer::GROUP;
-  int64_t keys = 0;
-  for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
+// Decode rows only, see attend.h. plain: its own loops, for tests.
+BITSMITH_API void bitsmith_attend(const attend::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
 #if BITSMITH_X86
-  const bool vectors = !plain && attend512::takes(a);
+  if (!plain && attend512::takes(*what)) return attend::attend(*what, threads, attend512::KERNELS);
 #endif
-  const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
-  pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
-    static thread_local std::vector<float> scratch;
-    static thread_local std::vector<int64_t> slots;
-    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + layer::KEYS * std::max(a.key_dim, a.value_dim));
-    if (scratch.size() < size) scratch.resize(size);
-    if (static_cast<int64_t>(slots.size()) < keys + 16) slots.resize(static_cast<size_t>(keys + 16));
-    const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
-    const int64_t first = part * layer::GROUP, count = std::min(layer::GROUP, shared - first);
-#if BITSMITH_X86
-    if (vectors) return attend512::attend(a, row, kv, first, count, scratch.data(), slots.data());
-#endif
-    layer::attend(a, row, kv, first, count, scratch.data());
-  });
+  attend::attend(*what, threads, attend::plain::KERNELS);
 }
 
 // Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
@@ -509,9 +492,9 @@ BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[ma
 }
 
 // A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
-BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const attend::Attention* what, [[maybe_unused]] int32_t threads) {
 #if BITSMITH_X86
-  const layer::Attention& a = *what;
+  const attend::Attention& a = *what;
   static thread_local std::vector<uint32_t> packed_keys, packed_values;
   const chunk512::Span span(a);
   const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;
