@@ -153,11 +153,13 @@ def test_permuted_inputs() -> None:
     assert torch.equal(product.qtensor().parts["perm"], permuted.parts["perm"])
 
 
-def test_bfloat16_activations_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("text", ["affine4.g128.asym", "affine4.g64.zf16"])
+def test_bfloat16_activations_on_request(text: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.best_path() not in ("avx512", "amx"):
         pytest.skip("needs avx512 with bfloat16")
-    q = random_qtensor("affine4.g128.asym", (64, 256))
-    x = torch.randn(3, 256).bfloat16()
+    q = random_qtensor(text, (64, 256))
+    x = torch.randn(m, 256).bfloat16()
     wanted = x.float() @ q.dequantize().T
     rounded = dispatch.prepare(q, torch.bfloat16)(x)
     monkeypatch.setenv("BITSMITH_ACT", "bf16")
@@ -188,6 +190,14 @@ def test_more_rows_than_a_cache_holds(text: str) -> None:
     product = dispatch.prepare(random_qtensor(text, (40, 4096)), torch.bfloat16)
     x = torch.randn(603, 4096).bfloat16()
     assert torch.equal(product(x), torch.cat([product(piece) for piece in x.split(201)]))
+
+
+def test_more_rows_than_pass_a_panel_at_once() -> None:
+    """Two parts of the rows (cpp/pairs512.h), the last of which ends inside a tile."""
+    q = random_qtensor("codebook4.nf4.g64.f32", (40, 608))
+    x = torch.randn(603, 608).bfloat16()
+    weight = q.dequantize()
+    close(dispatch.prepare(q, torch.bfloat16)(x), x.float() @ weight.T, 4e-3, terms(x.float(), weight))
 
 
 def test_exact_never_rounds_activations() -> None:

@@ -11,6 +11,7 @@
 #include "chunk512.h"
 #include "common.h"
 #include "floats.h"
+#include "floats512.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
@@ -58,14 +59,19 @@ int32_t best_path() {
   return GENERIC;
 }
 
-#if BITSMITH_X86 && defined(__linux__)
+// Several row blocks at a time, or null where one is taken after the other.
 using Panels = void (*)(const Weight&, const Input&, int64_t nb, int64_t count, void* y, int32_t dtype);
 
-Panels panels_of(const Weight& w) {
-  if (w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
-  BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
-}
+Panels panels_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int64_t m, [[maybe_unused]] int32_t path) {
+#if BITSMITH_X86
+#if defined(__linux__)
+  if (path == FOLDED && w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
+  if (path == FOLDED) BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
 #endif
+  if (path == AVX512 && pairs512::taken(w, m)) BITSMITH_BY_BITS(w.bits, pairs512::table_rows, BFLOAT)
+#endif
+  return nullptr;
+}
 
 Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
@@ -141,10 +147,17 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
 constexpr int64_t TOGETHER = 1 << 19;
 
-int64_t together(int64_t m, int64_t k) {
-  const int64_t parts = std::max<int64_t>(1, (m * k + TOGETHER - 1) / TOGETHER);
+// Rows of bfloat16 activations that pass each panel of pairs512.h, at most: decoding it takes what 4 to 16 rows do.
+constexpr int64_t PAIRED = 512;
+
+// m rows in equal parts of whole tiles, at least one: the rows of a part.
+int64_t part_of(int64_t m, int64_t parts) {
+  parts = std::max<int64_t>(1, parts);
   return round_up((m + parts - 1) / parts, TILE);
 }
+
+int64_t together(int64_t m, int64_t k) { return part_of(m, (m * k + TOGETHER - 1) / TOGETHER); }
+int64_t paired(int64_t m) { return part_of(m, (m + PAIRED - 1) / PAIRED); }
 
 const void* row_of(const void* p, int64_t at, int32_t dtype) { return static_cast<const char*>(p) + at * (dtype == F32 ? 4 : 2); }
 void* row_of(void* p, int64_t at, int32_t dtype) { return static_cast<char*>(p) + at * (dtype == F32 ? 4 : 2); }
@@ -155,10 +168,10 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   Input& in = buffers;
   shape(w, path == FOLDED ? BFLOAT : w.kind, m, in);
   const Prepare prepare = prepare_of(w, path);
-  int64_t wide = path == AMX ? 2 : 1;
+  const Panels panels = panels_of(w, m, path);
+  int64_t wide = path == AMX ? 2 : panels ? PANELS : 1;
 #if BITSMITH_X86 && defined(__linux__)
-  const Panels panels = path == FOLDED ? panels_of(w) : nullptr;
-  if (panels) wide = folded::width(w, threads);
+  if (path == FOLDED) wide = folded::width(w, threads);
 #endif
   const Rows rows = rows_of(w, path);
   const int64_t count = (w.row_blocks() + wide - 1) / wide;
@@ -169,14 +182,35 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
     records(m, (in.inputs + avx512::STEP - 1) / avx512::STEP, avx512::record_bytes(in.chunk), threads, in.records,
             [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
+  if (path == AVX512 && panels)
+    records(m, (w.k_blocks() * BLOCK + pairs512::STEP - 1) / pairs512::STEP, pairs512::RECORD_BYTES, threads, in.records,
+            [&](int64_t tile, int64_t step, uint8_t* to) { pairs512::record(in.b.data(), in.stride, m, w.k_blocks() * BLOCK, tile, step, to); });
 #endif
   pool().run(count, threads, [&](int64_t i) {
-#if BITSMITH_X86 && defined(__linux__)
-    if (panels) return panels(w, in, i * wide, wide, y, y_dtype);
-#endif
+    if (panels) return panels(w, in, i * wide, std::min(wide, w.row_blocks() - i * wide), y, y_dtype);
     rows(w, in, i * wide, y, y_dtype);
   });
 }
+
+#if BITSMITH_X86
+// bitsmith_floats of bfloat16 activations with AVX-512.
+void floats_pairs(const Source& s, const uint16_t* x, int64_t m, void* y, int32_t y_dtype, int32_t threads) {
+  static thread_local std::vector<uint8_t> buffer;
+  const int64_t k = s.w.k, steps = (k + pairs512::STEP - 1) / pairs512::STEP, count = s.w.row_blocks(), most = paired(m);
+  for (int64_t first = 0; first < m; first += most) {
+    const int64_t part = std::min(most, m - first), wide = part <= TILE ? 1 : PANELS;
+    const uint16_t* from = x + first * k;
+    void* to = row_of(y, first * s.w.n, y_dtype);
+    records(part, steps, pairs512::RECORD_BYTES, part * k < (1 << 15) ? 1 : threads, buffer,
+            [&](int64_t tile, int64_t step, uint8_t* out) { pairs512::record(from, k, part, k, tile, step, out); });
+    // Of this thread: a task may be another's.
+    const uint8_t* recorded = buffer.data();
+    pool().run((count + wide - 1) / wide, threads, [&](int64_t task) {
+      floats512::rows(s, part, recorded, task * wide, std::min(wide, count - task * wide), to, y_dtype);
+    });
+  }
+}
+#endif
 
 // Whether activations of many rows are recorded, and what of their groups.
 enum class Records { NONE, STARTS, PAIRS };
@@ -216,12 +250,12 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
                                   int32_t threads, int32_t path) {
   const Weight& w = *weight;
   if (path < 0) path = choose(w, m);
-  const int64_t step = path == AMX || path == FOLDED ? m : together(m, w.k);
+  const int64_t step = path == AMX || path == FOLDED ? m : path == AVX512 && w.kind == BFLOAT ? paired(m) : together(m, w.k);
   for (int64_t first = 0; first < m; first += step)
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// The same in float32, of everything floats.h decodes; with AVX-512, bfloat16 x by floats512.h. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
 // best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
                                   [[maybe_unused]] int32_t path) {
@@ -232,7 +266,7 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
   if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
-  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
+  if (path < 0 && x_dtype == BF16 && floats512::taken(s, m) && avx512::supported()) return floats_pairs(s, static_cast<const uint16_t*>(x), m, y, y_dtype, threads);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
