@@ -210,8 +210,9 @@ def _attention(
     """What both kinds of attention take."""
     (codes_k, *scales_k), (codes_v, *scales_v) = k, v
     what = _Attention(
-        q=q.data_ptr(), k=codes_k.data_ptr(), v=codes_v.data_ptr(), k_scales=scales_k[0].data_ptr() if scales_k else None,
-        v_scales=scales_v[0].data_ptr() if scales_v else None, out=out.data_ptr(), table=block_table.data_ptr(),
+        q=q.data_ptr(), k=codes_k.data_ptr(), v=codes_v.data_ptr(),
+        k_scales=scales_k[0].data_ptr() if scales_k else None, v_scales=scales_v[0].data_ptr() if scales_v else None,
+        out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
         heads=q.shape[1], kv_heads=codes_k.shape[1], key_dim=codes_k.shape[2], value_dim=codes_v.shape[2],
         pages=block_table.shape[1], block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale,

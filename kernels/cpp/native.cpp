@@ -432,7 +432,7 @@ BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint1
 // y = a + b, dense bfloat16.
 BITSMITH_API void bitsmith_add(const uint16_t* a, const uint16_t* b, uint16_t* y, int64_t count, int32_t threads) {
   constexpr int64_t PIECE = 1 << 14;
-  pool().run((count + PIECE - 1) / PIECE, count < (1 << 17) ? 1 : threads, [&](int64_t i) {
+  pool().run((count + PIECE - 1) / PIECE, count < (1 << 16) ? 1 : threads, [&](int64_t i) {
     const int64_t at = i * PIECE;
     layer::add(a + at, b + at, y + at, std::min(PIECE, count - at));
   });
