@@ -144,7 +144,7 @@ def test_peers_take_weights_of_their_kind_and_absent_ones_are_not_listed(monkeyp
         found = speed.contenders(Spec.parse(text), (64, 256), CPU, list(PEERS), told.append)
         assert list(found) == names
         for product in found.values():
-            assert product.run(torch.randn(3, 256).bfloat16()).shape == (3, 64)
+            assert product.run(product.bind(torch.randn(3, 256).bfloat16())).shape == (3, 64)
     assert not told
 
 

@@ -130,14 +130,12 @@ BITSMITH_512_INLINE void open(const Weight& w, int64_t nb, int64_t s, Streams<F>
   }
 }
 
-// The scales of groups, of which `super` is a factor.
+// The scales of groups, (2 code + 1) * super.
 template <class F>
 BITSMITH_512_INLINE void scales(const Streams<F>& from, const float* super, Scales& by) {
-  for (int64_t g = 0; g < F::GROUPS; ++g) {
-    const __m512i code = _mm512_and_si512(from.code(g), _mm512_set1_epi32(F::MASK));
-    const __m512i scale = _mm512_or_si512(_mm512_slli_epi32(code, 1), _mm512_set1_epi32(1));
-    by.scale[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(scale), _mm512_load_ps(super));
-  }
+  const __m512 one = _mm512_load_ps(super), two = _mm512_add_ps(one, one);
+  for (int64_t g = 0; g < F::GROUPS; ++g)
+    by.scale[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(from.code(g), _mm512_set1_epi32(F::MASK))), two, one);
 }
 
 // Super block s of 16 outputs: their numbers plus 128, the scales of their groups, of which `super` is a factor.
