@@ -75,6 +75,12 @@ BITSMITH_512_INLINE __m512i numbers(const __m512i (&halves)[2], __m512i table) {
 // The byte of 8 signs of 7, of which the last makes their number even.
 constexpr uint8_t even(int bits) { return static_cast<uint8_t>(bits | (bits ^ bits >> 1 ^ bits >> 2 ^ bits >> 3 ^ bits >> 4 ^ bits >> 5 ^ bits >> 6) << 7); }
 
+// The lower seven bits of each byte with the eighth sign.
+BITSMITH_512_INLINE __m512i with_eighth(__m512i signs) {
+  static constexpr Bytes LOW = bytes_of<64>([](int i) { return even(i); }), HIGH = bytes_of<64>([](int i) { return even(i + 64); });
+  return _mm512_permutex2var_epi8(load(LOW), signs, load(HIGH));
+}
+
 // `numbers` with the signs of inputs 4 QUAD .. of a code.
 template <class F, int QUAD>
 BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
@@ -87,8 +93,7 @@ BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
 template <class F>
 BITSMITH_512_INLINE __m512i signs_of(__m512i code) {
   if constexpr (F::SIGNS != 7) return code;
-  static constexpr Bytes LOW = bytes_of<64>([](int i) { return even(i); }), HIGH = bytes_of<64>([](int i) { return even(i + 64); });
-  return _mm512_permutex2var_epi8(load(LOW), _mm512_srli_epi32(code, F::PLACE % 8), load(HIGH));
+  return with_eighth(_mm512_srli_epi32(code, F::PLACE % 8));
 }
 
 // Eight numbers of 16 rows, plus 128: two vectors of bytes. shift: what is added to them.
