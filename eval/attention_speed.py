@@ -140,8 +140,9 @@ def _ours(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Contender:
         context_len=torch.full((case.sequences,), case.context, dtype=torch.int32, device=device),
         num_decode=0 if case.prefill else case.sequences,
     )  # fmt: skip
-    (keys, *_), (values, *_) = parts = cache.parts(0)
-    native = attention.native(q, *parts) and (not case.prefill or native_layer.takes_chunks(keys, values))
+    native = attention.native(q, *cache.parts(0)) and (
+        not case.prefill or native_layer.takes_chunks(heads.dim, heads.dim)
+    )
     path = "triton" if cache.kernels else "native" if native else "torch"
     nbytes = 2 * case.sequences * case.context * codec.bytes_per_token(heads.kv, heads.dim)
     return Contender(partial(attend, Step(batch, cache), 0, q, heads.dim, heads.dim**-0.5), nbytes, path)

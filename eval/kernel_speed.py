@@ -33,7 +33,7 @@ from ..kernels.codebook import FIXED
 from ..kernels.dispatch import Matmul, prepare
 from ..kernels.families import family, one_level_parts, scale_dtype, scale_shape
 from ..kernels.qtensor import QTensor, matrix_shape
-from ..kernels.recording import Recording, record
+from ..kernels.recording import Unrecordable, record
 from ..kernels.spec import Spec
 from ..quant_formats import gguf_blocks
 from .kernel_peers import PEERS, Product
@@ -230,18 +230,21 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
 
 
 def _ours(product: Matmul, device: torch.device) -> Product:
-    """`product`, on a CPU recorded for each x."""
+    """`product`, on a CPU recorded for each x where that works, as in serve/recorded.py."""
+
+    @torch.inference_mode()
+    def bind(x: Tensor) -> Callable[[], Tensor]:
+        try:
+            return record(partial(product, x))
+        except Unrecordable:
+            return partial(product, x)
+
+    @torch.inference_mode()
+    def run(call: Callable[[], Tensor]) -> Tensor:
+        return call()
+
     if device.type != "cpu":
         return Product(product, product.nbytes, product.name)
-
-    @torch.inference_mode()
-    def bind(x: Tensor) -> Recording:
-        return record(partial(product, x))
-
-    @torch.inference_mode()
-    def run(recording: Recording) -> Tensor:
-        return recording()
-
     return Product(run, product.nbytes, product.name, bind)
 
 

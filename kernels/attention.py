@@ -87,68 +87,56 @@ def paged_attention(
     indices and masks between layers.
     """
     memo = {} if memo is None else memo
-    out, grouped = None, 0
+    pieces: list[Tensor] = []
+    grouped = 0
     if native(q, cache_k, cache_v):
         more = (block_size, scale, window, softcap, None if sinks is None else sinks.float())
-        out, grouped = _by_library(q, cache_k[0], cache_v[0], cu_q, context_len, block_table, num_decode, more)
-        if out is not None and grouped == len(context_len):
-            return out
-    if window not in memo:
-        memo[window] = group_rows(cu_q, context_len, block_table, num_decode, block_size, window, grouped)
-    for group in memo[window]:
+        pieces, grouped = _by_library(q, cache_k, cache_v, cu_q, context_len, block_table, num_decode, more)
+    groups: list[Group] = []
+    if grouped < len(context_len):
+        if window not in memo:
+            memo[window] = group_rows(cu_q, context_len, block_table, num_decode, block_size, window, grouped)
+        groups = memo[window]
+    for group in groups:
         stop = group.start + group.batch * group.queries
         flat = group.slots.reshape(-1)
         k = decode(tuple(part.index_select(0, flat) for part in cache_k)).unflatten(0, group.slots.shape)
         v = decode(tuple(part.index_select(0, flat) for part in cache_v)).unflatten(0, group.slots.shape)
         rows = q[group.start : stop].unflatten(0, (group.batch, group.queries))
-        attended = _attend(rows, k, v, group.mask, scale, softcap, sinks).flatten(0, 1)
-        if attended.shape[0] == q.shape[0]:
-            return attended
-        if out is None:
-            out = attended.new_empty(q.shape[0], *attended.shape[1:])
-        out[group.start : stop] = attended
-    assert out is not None, "a batch holds at least one query"
-    return out
+        pieces.append(_attend(rows, k, v, group.mask, scale, softcap, sinks).flatten(0, 1))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
-    """Whether the native library reads this cache: one part of bfloat16 each, heads of up to LARGEST_KEY_DIM."""
-    plain = len(cache_k) == 1 and q.shape[-1] == cache_k[0].shape[-1] <= native_layer.LARGEST_KEY_DIM
-    return plain and native_layer.usable(q, cache_k[0], cache_v[0])
+    """Whether the native library reads this cache with these queries."""
+    dims = q.shape[-1], cache_v[0].shape[-1]
+    return native_layer.usable(q) and all(map(native_layer.reads, (cache_k, cache_v), dims))
 
 
 def _by_library(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Parts,
+    v: Parts,
     cu_q: Tensor,
     context_len: Tensor,
     block_table: Tensor,
     num_decode: int,
     more: tuple[int, float, int | None, float | None, Tensor | None],
-) -> tuple[Tensor | None, int]:
-    """The result with the rows that the library computes in it, and how many sequences those are: decode rows, and
+) -> tuple[list[Tensor], int]:
+    """The first rows' results, as far as the library computes them, and how many sequences those are: decode rows, and
     chunks on a machine for which it has them."""
     dense = q if q.stride(1) == q.shape[2] else q.contiguous()
-    decoded = None
+    pieces = []
     if num_decode:
         table, lengths = block_table[:num_decode], context_len[:num_decode]
-        decoded = native_layer.attend(dense[:num_decode], k, v, table, lengths, *more)
-        if num_decode == q.shape[0]:
-            return decoded, num_decode
-    chunks = native_layer.takes_chunks(k, v)
-    if decoded is None and not chunks:
-        return None, 0
-    out = q.new_empty(*q.shape[:2], v.shape[2])
-    if decoded is not None:
-        out[:num_decode] = decoded
-    if not chunks:
-        return out, num_decode
+        pieces.append(native_layer.attend(dense[:num_decode], k, v, table, lengths, *more))
+    if num_decode == q.shape[0] or not native_layer.takes_chunks(k[0].shape[2], v[0].shape[2]):
+        return pieces, num_decode
     starts = cu_q.tolist()
     for row in range(num_decode, len(starts) - 1):
         own, at = slice(starts[row], starts[row + 1]), slice(row, row + 1)
-        out[own] = native_layer.attend_chunk(dense[own], k, v, block_table[at], context_len[at], *more)
-    return out, len(starts) - 1
+        pieces.append(native_layer.attend_chunk(dense[own], k, v, block_table[at], context_len[at], *more))
+    return pieces, len(starts) - 1
 
 
 def group_rows(

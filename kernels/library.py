@@ -8,7 +8,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of native.cpp's functions and structures.
-_ABI = 18
+_ABI = 19
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Products in float32 by the native library: weights are decoded a panel at a time, activations are not rounded.
+"""Float products by the native library: weights are decoded a panel at a time, activations are not rounded.
 
 Takes what native.py does not (cpp/floats.h says how each is decoded):
 
@@ -8,9 +8,10 @@ Takes what native.py does not (cpp/floats.h says how each is decoded):
                                 to 8 rows without panels (cpp/dots.h)
     trellis                     states computed, not looked up
 
-Weights are the exact ones (`QTensor.dequantize`), only the order of float32 sums differs from a plain product. The
-packed copy is the only one, as large as the QTensor; `qtensor()` gives that back bit for bit. Results in
-results/LOG.md.
+Weights are the exact ones (`QTensor.dequantize`), only the order of float32 sums differs from a plain product; but with
+AVX-512, more than one row of bfloat16 activations (any number for a trellis) meets them rounded to bfloat16, as in the
+reference (cpp/floats512.h: vdpbf16ps multiplies twice as many numbers as float32 vectors do). The packed copy is the
+only one, as large as the QTensor; `qtensor()` gives that back bit for bit. Results in results/LOG.md.
 """
 
 import ctypes

@@ -18,14 +18,18 @@ from torch import Tensor
 from . import native, ops
 from .paths import native_allowed
 
-LARGEST_KEY_DIM = 256
+# Numbers of a key or a value at most: DIM of cpp/attend.h.
+LARGEST_DIM = 512
 
 
 class _Attention(ctypes.Structure):
-    """`Attention` of cpp/layer.h."""
+    """`Attention` of cpp/attend.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "table", "context", "sinks")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("q", "k", "v", "k_scales", "v_scales", "out", "table", "context", "sinks")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "heads", "kv_heads", "key_dim", "value_dim", "pages")),
         *((name, ctypes.c_int64) for name in ("block_size", "window", "q_stride")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -186,64 +190,81 @@ scatter = ops.define(
 )
 
 
+def reads(parts: Sequence[Tensor], dim: int) -> bool:
+    """Whether these are keys or values of `dim` numbers as the library reads them: bfloat16 [slots, Hkv, dim], or int8
+    codes and a bfloat16 scale [slots, Hkv, 1] for each vector, value = code * scale rounded to bfloat16."""
+    if (
+        dim > LARGEST_DIM
+        or parts[0].shape[-1] != dim
+        or not all(part.is_cpu and part.is_contiguous() for part in parts)
+    ):
+        return False
+    dtypes = [part.dtype for part in parts]
+    return dtypes == [torch.bfloat16] or (dtypes == [torch.int8, torch.bfloat16] and parts[1].shape[-1] == 1)
+
+
 def _attention(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
+    out: Tensor, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], block_table: Tensor, context_len: Tensor,
+    block_size: int, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None,
 ) -> Any:  # fmt: skip
     """What both kinds of attention take."""
+    (codes_k, *scales_k), (codes_v, *scales_v) = k, v
     what = _Attention(
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), out=out.data_ptr(), table=block_table.data_ptr(),
+        q=q.data_ptr(), k=codes_k.data_ptr(), v=codes_v.data_ptr(),
+        k_scales=scales_k[0].data_ptr() if scales_k else None, v_scales=scales_v[0].data_ptr() if scales_v else None,
+        out=out.data_ptr(), table=block_table.data_ptr(),
         context=context_len.data_ptr(), sinks=None if sinks is None else sinks.data_ptr(), rows=q.shape[0],
-        heads=q.shape[1], kv_heads=k.shape[1], key_dim=k.shape[2], value_dim=v.shape[2], pages=block_table.shape[1],
-        block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale, softcap=softcap or 0.0,
+        heads=q.shape[1], kv_heads=codes_k.shape[1], key_dim=codes_k.shape[2], value_dim=codes_v.shape[2],
+        pages=block_table.shape[1], block_size=block_size, window=window or 0, q_stride=q.stride(0), scale=scale,
+        softcap=softcap or 0.0,
     )  # fmt: skip
     return ctypes.byref(what)
 
 
 def _attend_call(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, context_len: Tensor, block_size: int,
-    scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
+    out: Tensor, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], block_table: Tensor, context_len: Tensor,
+    block_size: int, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None, plain: bool = False,
 ) -> ops.Call:  # fmt: skip
     what = _attention(out, q, k, v, block_table, context_len, block_size, scale, window, softcap, sinks)
     return partial(_functions().bitsmith_attend, what, torch.get_num_threads(), plain)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor:
-    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+def _attend(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], *more: Any, **options: Any) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], v[0].shape[2], dtype=q.dtype)
     _attend_call(out, q, k, v, *more, **options)()
     return out
 
 
-def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+def _attend_fake(q: Tensor, k: Any, v: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v[0].shape[2])
 
 
-# Decode rows: q [B, H, D], heads dense; caches [slots, Hkv, D or Dv]; int32 [B, P] and [B], contiguous; sinks float32
-# [H] -> [B, H, Dv]. D at most LARGEST_KEY_DIM. plain: the loops of any processor, for tests.
+# Decode rows: q [B, H, D], `usable` and heads dense; parts of the caches that it `reads`; int32 [B, P] and [B],
+# contiguous; sinks float32 [H] -> [B, H, Dv]. plain: the loops of any processor, for tests.
 attend = ops.define(
-    "native_attend(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_len, int block_size, float scale, "
-    "int? window, float? softcap, Tensor? sinks, bool plain=False) -> Tensor",
+    "native_attend(Tensor q, Tensor[] k, Tensor[] v, Tensor block_table, Tensor context_len, int block_size, "
+    "float scale, int? window, float? softcap, Tensor? sinks, bool plain=False) -> Tensor",
     _attend,
     _attend_fake,
     lambda results, *arguments, **options: _attend_call(results[0], *arguments, **options),
 )
 
 
-def takes_chunks(k: Tensor, v: Tensor) -> bool:
-    """Whether `attend_chunk` takes caches of these head sizes on this machine. With AMX torch's own attention has the
-    tiles, and the library has none for it."""
-    return native.best_path() == "avx512" and bool(_functions().bitsmith_chunk_taken(k.shape[2], v.shape[2]))
+def takes_chunks(key_dim: int, value_dim: int) -> bool:
+    """Whether `attend_chunk` takes heads of these sizes on this machine. With AMX torch's own attention has the tiles,
+    and the library has none for it."""
+    return native.best_path() == "avx512" and bool(_functions().bitsmith_chunk_taken(key_dim, value_dim))
 
 
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
-    out = torch.empty(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+def _attend_chunk(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], *more: Any) -> Tensor:
+    out = torch.empty(q.shape[0], q.shape[1], v[0].shape[2], dtype=q.dtype)
     _functions().bitsmith_attend_chunk(_attention(out, q, k, v, *more), torch.get_num_threads())
     return out
 
 
 # The last q.shape[0] tokens of one sequence; otherwise as `attend`: block_table int32 [1, P], context_len int32 [1].
 attend_chunk = ops.define(
-    "native_attend_chunk(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor context_len, int block_size, "
+    "native_attend_chunk(Tensor q, Tensor[] k, Tensor[] v, Tensor block_table, Tensor context_len, int block_size, "
     "float scale, int? window, float? softcap, Tensor? sinks) -> Tensor",
     _attend_chunk,
     _attend_fake,

@@ -8,11 +8,12 @@ import torch
 from bitsmith.errors import UserError
 from bitsmith.kernels import bits, codebook, dispatch, fused, native, native_layer, repack
 from bitsmith.kernels.affine import zero_dtype
-from bitsmith.kernels.attention import paged_attention
+from bitsmith.kernels.attention import Parts, paged_attention
 from bitsmith.kernels.families import scale_dtype, scale_shape
 from bitsmith.kernels.minifloat import FLOATS
 from bitsmith.kernels.qtensor import QTensor, matrix_shape
 from bitsmith.kernels.spec import Spec
+from bitsmith.kv_quant.base import load_codec
 from torch import Tensor
 
 pytestmark = [
@@ -153,11 +154,13 @@ def test_permuted_inputs() -> None:
     assert torch.equal(product.qtensor().parts["perm"], permuted.parts["perm"])
 
 
-def test_bfloat16_activations_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("text", ["affine4.g128.asym", "affine4.g64.zf16"])
+def test_bfloat16_activations_on_request(text: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.best_path() not in ("avx512", "amx"):
         pytest.skip("needs avx512 with bfloat16")
-    q = random_qtensor("affine4.g128.asym", (64, 256))
-    x = torch.randn(3, 256).bfloat16()
+    q = random_qtensor(text, (64, 256))
+    x = torch.randn(m, 256).bfloat16()
     wanted = x.float() @ q.dequantize().T
     rounded = dispatch.prepare(q, torch.bfloat16)(x)
     monkeypatch.setenv("BITSMITH_ACT", "bf16")
@@ -188,6 +191,14 @@ def test_more_rows_than_a_cache_holds(text: str) -> None:
     product = dispatch.prepare(random_qtensor(text, (40, 4096)), torch.bfloat16)
     x = torch.randn(603, 4096).bfloat16()
     assert torch.equal(product(x), torch.cat([product(piece) for piece in x.split(201)]))
+
+
+def test_more_rows_than_pass_a_panel_at_once() -> None:
+    """Two parts of the rows (cpp/pairs512.h), the last of which ends inside a tile."""
+    q = random_qtensor("codebook4.nf4.g64.f32", (40, 608))
+    x = torch.randn(603, 608).bfloat16()
+    weight = q.dequantize()
+    close(dispatch.prepare(q, torch.bfloat16)(x), x.float() @ weight.T, 4e-3, terms(x.float(), weight))
 
 
 def test_exact_never_rounds_activations() -> None:
@@ -251,10 +262,33 @@ def test_other_dtypes_take_the_twins() -> None:
     assert torch.equal(fused.gated(x, x, "silu"), fused.gated_twin(x, x, "silu"))
 
 
+def paged(
+    lengths: list[int], block_size: int, kv_heads: int, dims: tuple[int, int], kv: str
+) -> tuple[Tensor, list[Parts], list[Parts]]:
+    """Block table, and keys and values in blocks of any order: as the codec stores them, and the numbers it gives in
+    float32. Slots out of use hold NaN."""
+    blocks = [-(-n // block_size) for n in lengths]
+    order = torch.randperm(sum(blocks) + 3)
+    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
+    slots = []
+    for row, (length, own) in enumerate(zip(lengths, order[: sum(blocks)].split(blocks), strict=True)):
+        table[row, : len(own)] = own
+        slots.append((own[:, None] * block_size + torch.arange(block_size)).flatten()[:length])
+    used, codec = torch.cat(slots), load_codec(kv, torch.bfloat16)
+    stored, numbers = [], []
+    for dim in dims:
+        x = torch.full((len(order) * block_size, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
+        x[used] = torch.randn(len(used), kv_heads, dim).bfloat16()
+        stored.append(codec.encode(x))
+        numbers.append((codec.decode(stored[-1]).float(),))
+    return table, stored, numbers
+
+
+@pytest.mark.parametrize("kv", ["none", "int8"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap", "sinks"),
     [(4, 4, 32, None, None, False), (8, 2, 64, None, None, False), (24, 2, 80, 7, None, False), (6, 1, 48, None, 20.0, False),
-     (4, 2, 64, 5, 3.0, True)],
+     (4, 2, 64, 5, 3.0, True), (8, 1, 128, 300, 30.0, True), (34, 34, 128, None, None, True), (16, 1, 256, None, None, False)],
 )  # fmt: skip
 def test_decode_attention(
     heads: int,
@@ -263,76 +297,67 @@ def test_decode_attention(
     window: int | None,
     softcap: float | None,
     sinks: bool,
+    kv: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against the same function in float32, whose path is the torch twin; slots out of use hold NaN."""
-    lengths, block_size, value_dim = [1, 5, 37, 16], 4, 80 if dim == 64 else 40
-    blocks = [-(-n // block_size) for n in lengths]
-    order = torch.randperm(sum(blocks) + 3)
-    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-    cache_k = torch.full(((sum(blocks) + 3) * block_size, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
-    cache_v = torch.full((cache_k.shape[0], kv_heads, value_dim), float("nan"), dtype=torch.bfloat16)
-    taken = 0
-    for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
-        own = order[taken : taken + count]
-        taken += count
-        table[row, :count] = own
-        slots = (own[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
-        cache_k[slots] = torch.randn(length, kv_heads, dim).bfloat16()
-        cache_v[slots] = torch.randn(length, kv_heads, value_dim).bfloat16()
+    """Against the same function in float32, whose path is the torch twin: a token, parts of a step (cpp/attend.h), and
+    sequences in several parts."""
+    lengths, block_size, value_dim = [1, 5, 37, 16, 129, 2600], 4, 80 if dim % 64 == 0 else 40
+    table, stored, numbers = paged(lengths, block_size, kv_heads, (dim, value_dim), kv)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     extra = torch.randn(heads) if sinks else None
 
-    def run(dtype: torch.dtype) -> Tensor:
+    def run(q: Tensor, cache: list[Parts]) -> Tensor:
         return paged_attention(
-            q.to(dtype), (cache_k.to(dtype),), (cache_v.to(dtype),), cu_q=torch.arange(5, dtype=torch.int32),
-            context_len=torch.tensor(lengths, dtype=torch.int32), block_table=table, num_decode=4,
+            q, *cache, cu_q=torch.arange(len(lengths) + 1, dtype=torch.int32),
+            context_len=torch.tensor(lengths, dtype=torch.int32), block_table=table, num_decode=len(lengths),
             block_size=block_size, decode=lambda parts: parts[0], scale=dim**-0.5, window=window, softcap=softcap,
             sinks=extra,
         )  # fmt: skip
 
-    wanted = run(torch.float32)
-    close(run(torch.bfloat16), wanted, 4e-3)
+    wanted = run(q.float(), numbers)
+    close(run(q, stored), wanted, 4e-3)
     monkeypatch.setattr(native_layer, "attend", partial(native_layer.attend, plain=True))
-    close(run(torch.bfloat16), wanted, 4e-3)
+    close(run(q, stored), wanted, 4e-3)
+
+
+def test_a_sequence_is_attended_to_alike_in_any_batch() -> None:
+    lengths = [700, 3, 40, 1000]
+    table, stored, _ = paged(lengths, 16, 2, (64, 64), "none")
+    q, context = torch.randn(4, 8, 64).bfloat16(), torch.tensor(lengths, dtype=torch.int32)
+    together = native_layer.attend(q, *stored, table, context, 16, 0.1, None, None, None)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = native_layer.attend(q[one], *stored, table[one], context[one], 16, 0.1, None, None, None)
+        assert torch.equal(alone, together[one])
 
 
 @pytest.mark.skipif(native.best_path() != "avx512", reason="chunks have AVX-512 kernels only")
+@pytest.mark.parametrize("kv", ["none", "int8"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "value_dim", "window", "softcap", "sinks"),
     [(4, 4, 64, 64, None, None, False), (8, 1, 128, 128, None, None, True), (6, 3, 80, 96, 50, None, True),
      (4, 2, 96, 16, 9, 30.0, False), (4, 2, 256, 256, 128, 5.0, True)],
 )  # fmt: skip
 def test_prefill_attention(
-    heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool
+    heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool, kv: str
 ) -> None:
-    """Decode rows and chunks (one token, the end of a longer text, whole prompts) against the torch twin in float32;
-    slots out of use hold NaN."""
+    """Decode rows and chunks (one token, the end of a longer text, whole prompts) against the torch twin in float32."""
     lengths, counts, block_size = [9, 1, 200, 65, 130], [1, 1, 70, 65, 130], 4
-    blocks = [-(-n // block_size) for n in lengths]
-    order = torch.randperm(sum(blocks) + 3)
-    table = torch.zeros(len(lengths), max(blocks), dtype=torch.int32)
-    cache_k = torch.full(((sum(blocks) + 3) * block_size, kv_heads, dim), float("nan"), dtype=torch.bfloat16)
-    cache_v = torch.full((cache_k.shape[0], kv_heads, value_dim), float("nan"), dtype=torch.bfloat16)
-    for row, own in enumerate(order[: sum(blocks)].split(blocks)):
-        table[row, : blocks[row]] = own
-        slots = (own[:, None] * block_size + torch.arange(block_size)).flatten()[: lengths[row]]
-        cache_k[slots] = torch.randn(lengths[row], kv_heads, dim).bfloat16()
-        cache_v[slots] = torch.randn(lengths[row], kv_heads, value_dim).bfloat16()
+    table, stored, numbers = paged(lengths, block_size, kv_heads, (dim, value_dim), kv)
     # Heads of a projection that holds more than queries.
     q = torch.randn(sum(counts), heads + 2, dim).bfloat16()[:, :heads]
     extra = torch.randn(heads) if sinks else None
 
-    def run(dtype: torch.dtype) -> Tensor:
+    def run(q: Tensor, cache: list[Parts]) -> Tensor:
         return paged_attention(
-            q.to(dtype), (cache_k.to(dtype),), (cache_v.to(dtype),),
-            cu_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
+            q, *cache, cu_q=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32),
             context_len=torch.tensor(lengths, dtype=torch.int32), block_table=table, num_decode=1,
             block_size=block_size, decode=lambda parts: parts[0], scale=dim**-0.5, window=window, softcap=softcap,
             sinks=extra,
         )  # fmt: skip
 
-    close(run(torch.bfloat16), run(torch.float32), 4e-3)
+    close(run(q, stored), run(q.float(), numbers), 4e-3)
 
 
 def test_absent_library(monkeypatch: pytest.MonkeyPatch) -> None:

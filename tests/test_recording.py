@@ -167,7 +167,7 @@ def test_calls_of_the_library_in_a_row_become_one() -> None:
 
     def step() -> Tensor:
         rows = fused.rms_norm(q, weight, 1e-3, "llama")
-        seen = native_layer.attend(rows, k, v, table, lengths, 2, 0.3, None, 7.5, None)
+        seen = native_layer.attend(rows, [k], [v], table, lengths, 2, 0.3, None, 7.5, None)
         a = fused.gated(seen.view(8, 32), gate, "silu")
         return fused.gated(a.exp(), gate, "gelu_tanh") + gate
 

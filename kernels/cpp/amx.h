@@ -145,12 +145,13 @@ BITSMITH_AMX void many(const Weight& w, const Input& x, int64_t nb, void* y, int
     const int64_t rows = std::min<int64_t>(32, x.m - m0);
     if (rows != configured) configure(rows, bytes), configured = rows;
     std::memset(total, 0, sizeof total);
+    Groups group{w.group};
     for (int64_t c = 0; c < x.chunks; ++c) {
       const int64_t inputs = std::min(x.chunk, x.inputs - c * x.chunk);
       if (!whole) decode<BITS, KIND>(w, table, nb, c * per, c * per + inputs / BLOCK, panel);
       __m512 scale[2], zero[2];
-      for (int64_t half = 0; half < 2; ++half)
-        avx512::scales16(w, std::min(nb + half, last_block), c * x.chunk / w.group, groups, scale[half], zero[half]);
+      const int64_t own = group.next(x.chunk);
+      for (int64_t half = 0; half < 2; ++half) avx512::scales16(w, std::min(nb + half, last_block), own, groups, scale[half], zero[half]);
       multiply<KIND>(x, whole ? panel + c * per * decoded : panel, c, inputs, bytes, m0, rows, scale, zero, total);
     }
     for (int64_t m = 0; m < rows; ++m)

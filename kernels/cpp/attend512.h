@@ -1,13 +1,20 @@
-// Decode attention with AVX-512: bfloat16 dot products of queries with sixteen keys at a time, and of weights, rounded to bfloat16 as in torch's flash
+// Kernels of attend.h with AVX-512: bfloat16 dot products of queries with sixteen keys at a time, and of weights, rounded to bfloat16 as in torch's flash
 // attention, with two values at a time. Key dimensions in multiples of 32, value dimensions of 16.
 #pragma once
+#include "attend.h"
 #include "avx512.h"
-#include "layer.h"
 
 #if BITSMITH_X86
 namespace bitsmith::attend512 {
 
-inline bool takes(const layer::Attention& a) { return a.key_dim % 32 == 0 && a.value_dim % 16 == 0 && avx512::supported(); }
+inline bool takes(const attend::Attention& a) { return a.key_dim % 32 == 0 && a.value_dim % 16 == 0 && avx512::supported(); }
+
+BITSMITH_512 inline void decode(const int8_t* codes, float scale, uint16_t* out, int64_t dim) {
+  for (int64_t i = 0; i < dim; i += 16) {
+    const __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i))));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(v, _mm512_set1_ps(scale)))));
+  }
+}
 
 // Lane i of the result is the sum of the lanes of a[i].
 BITSMITH_512_INLINE __m512 sums16(const __m512 (&a)[16]) {
@@ -33,20 +40,27 @@ BITSMITH_512_INLINE __m512 exponential(__m512 v) {
   return _mm512_scalef_ps(p, whole);
 }
 
+BITSMITH_512_INLINE __m512 capped(__m512 score, float cap) {
+  const __m512 one = _mm512_set1_ps(1.0f), x = _mm512_mul_ps(score, _mm512_set1_ps(1.0f / cap));
+  const __m512 t = exponential(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f)));
+  const __m512 size = _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_sub_ps(one, t), _mm512_add_ps(one, t)));
+  return _mm512_mask_sub_ps(size, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), size);
+}
+
 // Scores of 16 keys, one head: for the few heads that pay for no transposition.
-BITSMITH_512_INLINE __m512 score(const uint16_t* query, const uint16_t* const (&key)[16], int64_t dim) {
+BITSMITH_512_INLINE void scores1(const uint16_t* query, const uint16_t* const* key, int64_t dim, float* out) {
   __m512 dot[16];
   for (auto& one : dot) one = _mm512_setzero_ps();
   for (int64_t d = 0; d < dim; d += 32) {
     const auto q = reinterpret_cast<__m512bh>(_mm512_loadu_si512(query + d));
     for (int i = 0; i < 16; ++i) dot[i] = _mm512_dpbf16_ps(dot[i], q, reinterpret_cast<__m512bh>(_mm512_loadu_si512(key[i] + d)));
   }
-  return sums16(dot);
+  _mm512_storeu_ps(out, sums16(dot));
 }
 
 // The same of HEADS heads, whose queries follow each other.
 template <int HEADS>
-BITSMITH_512_INLINE void scores(const uint16_t* query, const uint16_t* const (&key)[16], int64_t dim, __m512* out) {
+BITSMITH_512_INLINE void scores_of(const uint16_t* query, const uint16_t* const* key, int64_t dim, float* out) {
   __m512 dot[HEADS];
   for (auto& one : dot) one = _mm512_setzero_ps();
   for (int64_t d = 0; d < dim; d += 32) {
@@ -58,113 +72,94 @@ BITSMITH_512_INLINE void scores(const uint16_t* query, const uint16_t* const (&k
       for (int g = 0; g < HEADS; ++g)
         dot[g] = _mm512_dpbf16_ps(dot[g], reinterpret_cast<__m512bh>(pair[p]), reinterpret_cast<__m512bh>(avx512::spread(query + g * dim + d + 2 * p)));
   }
-  for (int g = 0; g < HEADS; ++g) out[g] = dot[g];
+  for (int g = 0; g < HEADS; ++g) _mm512_storeu_ps(out + g * attend::TOKENS, dot[g]);
 }
 
-// Asks for `bytes` of a key or a value that will be read: tokens of a head lie too far apart for the hardware to follow.
-BITSMITH_512_INLINE void ahead(const uint16_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T0);
+BITSMITH_512 inline void scores(const uint16_t* q, int64_t count, int64_t dim, int64_t tokens, attend::Room& room, attend::Ahead& ahead) {
+  for (int64_t j = 0; j < tokens; j += 16) {
+    ahead.ask(dim / 2);
+    int64_t g = 0;
+    for (; g + 8 <= count; g += 8) scores_of<8>(q + g * dim, room.keys + j, dim, room.weights + g * attend::TOKENS + j);
+    for (; g + 4 <= count; g += 4) scores_of<4>(q + g * dim, room.keys + j, dim, room.weights + g * attend::TOKENS + j);
+    for (; g < count; ++g) scores1(q + g * dim, room.keys + j, dim, room.weights + g * attend::TOKENS + j);
+  }
 }
 
-// Tokens from one that is read to one that is asked for.
-constexpr int64_t AHEAD = 16;
-
-// HEADS heads, 32 PARTS value dimensions (or the last, whole 16s) from `dim` on: weighted values summed over the keys, an even number. weights: bfloat16,
-// `apart` from head to head.
+// HEADS heads from `first` on, 32 PARTS dimensions (or the last, whole 16s) from `at` on.
 template <int HEADS, int PARTS>
-BITSMITH_512_INLINE void values(const layer::Attention& a, const int64_t* slots, int64_t kv, int64_t keys, const uint16_t* weights, int64_t apart, int64_t dim,
-                                const float* inverse, uint16_t* out) {
+BITSMITH_512_INLINE void add_to(float* sums, int64_t first, int64_t at, int64_t dim, int64_t tokens, const attend::Room& room, attend::Ahead& ahead) {
+  // The two halves of a pair's products: of each eight dimensions the first and the last four.
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27), four = _mm512_set1_epi32(4);
+  const __m512i back = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), eight = _mm512_set1_epi32(8);
+  const auto* weights = reinterpret_cast<const uint16_t*>(room.weights);
   __mmask32 there[PARTS];
   for (int i = 0; i < PARTS; ++i) {
-    const int64_t left = a.value_dim - dim - 32 * i;
+    const int64_t left = dim - at - 32 * i;
     there[i] = left >= 32 ? 0xffffffffu : left > 0 ? 0xffffu : 0;
   }
   __m512 sum[HEADS][PARTS][2];
-  for (auto& head : sum)
-    for (auto& part : head) part[0] = part[1] = _mm512_setzero_ps();
-  const uint16_t* first = a.v + kv * a.value_dim + dim;
-  const int64_t row = a.kv_heads * a.value_dim;
-  for (int64_t j = 0; j < keys; j += 2) {
-    const uint16_t *even = first + slots[j] * row, *odd = first + slots[j + 1] * row;
-    for (int64_t t = j + AHEAD; t < std::min(keys, j + AHEAD + 2); ++t) ahead(first + slots[t] * row, 64 * PARTS);
+  for (int g = 0; g < HEADS; ++g)
+    for (int i = 0; i < PARTS; ++i) {
+      const float* from = sums + (first + g) * dim + at + 32 * i;
+      const __m512 by = _mm512_set1_ps(room.factors[first + g]);
+      const __m512 one = _mm512_mul_ps(by, _mm512_maskz_loadu_ps(static_cast<__mmask16>(there[i]), from));
+      const __m512 other = _mm512_mul_ps(by, _mm512_maskz_loadu_ps(static_cast<__mmask16>(there[i] >> 16), from + 16));
+      sum[g][i][0] = _mm512_permutex2var_ps(one, low, other);
+      sum[g][i][1] = _mm512_permutex2var_ps(one, _mm512_add_epi32(low, four), other);
+    }
+  for (int64_t j = 0; j < tokens; j += 2) {
+    ahead.ask(2 * PARTS);
+    const uint16_t *even = room.values[j] + at, *odd = room.values[j + 1] + at;
     for (int i = 0; i < PARTS; ++i) {
       const __m512i one = _mm512_maskz_loadu_epi16(there[i], even + 32 * i), other = _mm512_maskz_loadu_epi16(there[i], odd + 32 * i);
-      // Of each eight dimensions the first and the last four.
-      const auto low = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(one, other)), high = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(one, other));
+      const auto first_four = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(one, other)), last_four = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(one, other));
       for (int g = 0; g < HEADS; ++g) {
-        const auto weight = reinterpret_cast<__m512bh>(avx512::spread(weights + g * apart + j));
-        sum[g][i][0] = _mm512_dpbf16_ps(sum[g][i][0], low, weight);
-        sum[g][i][1] = _mm512_dpbf16_ps(sum[g][i][1], high, weight);
+        const auto weight = reinterpret_cast<__m512bh>(avx512::spread(weights + 2 * (first + g) * attend::TOKENS + j));
+        sum[g][i][0] = _mm512_dpbf16_ps(sum[g][i][0], first_four, weight);
+        sum[g][i][1] = _mm512_dpbf16_ps(sum[g][i][1], last_four, weight);
       }
     }
   }
-  const __m512i order = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), eight = _mm512_set1_epi32(8);
   for (int g = 0; g < HEADS; ++g)
     for (int i = 0; i < PARTS; ++i) {
-      const __m512 by = _mm512_set1_ps(inverse[g]);
-      uint16_t* to = out + g * a.value_dim + dim + 32 * i;
-      if (there[i]) avx512::store16(to, 0, BF16, _mm512_mul_ps(_mm512_permutex2var_ps(sum[g][i][0], order, sum[g][i][1]), by), 16);
-      if (there[i] >> 16) avx512::store16(to, 16, BF16, _mm512_mul_ps(_mm512_permutex2var_ps(sum[g][i][0], _mm512_add_epi32(order, eight), sum[g][i][1]), by), 16);
+      float* to = sums + (first + g) * dim + at + 32 * i;
+      _mm512_mask_storeu_ps(to, static_cast<__mmask16>(there[i]), _mm512_permutex2var_ps(sum[g][i][0], back, sum[g][i][1]));
+      _mm512_mask_storeu_ps(to + 16, static_cast<__mmask16>(there[i] >> 16), _mm512_permutex2var_ps(sum[g][i][0], _mm512_add_epi32(back, eight), sum[g][i][1]));
     }
 }
 
-// As layer::attend; scratch holds GROUP * (keys rounded up to 16) floats and as many slots.
-BITSMITH_512 inline void attend(const layer::Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch, int64_t* slots) {
-  const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
-  const int64_t padded = (keys + 15) / 16 * 16, head = kv * (a.heads / a.kv_heads) + first;
-  for (int64_t j = 0; j < keys;) {
-    const int64_t slot = a.slot(row, begin + j), stop = std::min(keys, j + a.block_size - slot % a.block_size);
-    for (int64_t i = j; i < stop; ++i) slots[i] = slot + i - j;
-    j = stop;
+// Weights are bfloat16, in place.
+BITSMITH_512 inline float weigh(const attend::Attention& a, float* s, int64_t tokens, int64_t there, float& most, float& total) {
+  constexpr int VECTORS = attend::TOKENS / 16;
+  const int used = static_cast<int>(tokens / 16);
+  __m512 score[VECTORS], peaks = _mm512_set1_ps(most), sum = _mm512_setzero_ps();
+  for (int i = 0; i < VECTORS; ++i) {
+    if (i >= used) break;
+    score[i] = _mm512_mul_ps(_mm512_load_ps(s + 16 * i), _mm512_set1_ps(a.scale));
+    if (a.softcap > 0) score[i] = capped(score[i], a.softcap);
+    peaks = _mm512_max_ps(peaks, score[i]);
   }
-  // Beyond the last key its own slot again: read, and then masked.
-  for (int64_t j = keys; j < padded; ++j) slots[j] = slots[keys - 1];
-  const uint16_t* query = a.q + row * a.q_stride + head * a.key_dim;
-  for (int64_t j = 0; j < padded; j += 16) {
-    const uint16_t* key[16];
-    for (int i = 0; i < 16; ++i) key[i] = a.k + (slots[j + i] * a.kv_heads + kv) * a.key_dim;
-    for (int64_t t = j + AHEAD; t < std::min(padded, j + AHEAD + 16); ++t) ahead(a.k + (slots[t] * a.kv_heads + kv) * a.key_dim, 2 * a.key_dim);
-    __m512 found[layer::GROUP];
-    int64_t g = 0;
-    for (; g + 4 <= count; g += 4) scores<4>(query + g * a.key_dim, key, a.key_dim, found + g);
-    for (; g < count; ++g) found[g] = score(query + g * a.key_dim, key, a.key_dim);
-    for (g = 0; g < count; ++g) {
-      __m512 one = _mm512_mul_ps(found[g], _mm512_set1_ps(a.scale));
-      if (a.softcap > 0) {
-        alignas(64) float capped[16];
-        _mm512_store_ps(capped, one);
-        for (auto& s : capped) s = a.softcap * std::tanh(s / a.softcap);
-        one = _mm512_load_ps(capped);
-      }
-      _mm512_storeu_ps(scratch + g * padded + j, one);
-    }
+  const float peak = _mm512_reduce_max_ps(peaks), factor = layer::exponential(most - peak);
+  for (int i = 0; i < VECTORS; ++i) {
+    if (i >= used) break;
+    const __mmask16 present = there - 16 * i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (there - 16 * i)) - 1);
+    const __m512 weight = _mm512_maskz_mov_ps(present, exponential(_mm512_sub_ps(score[i], _mm512_set1_ps(peak))));
+    sum = _mm512_add_ps(sum, weight);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(s) + i, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
   }
-  float inverse[layer::GROUP];
-  for (int64_t g = 0; g < count; ++g) {
-    float* s = scratch + g * padded;
-    for (int64_t j = keys; j < padded; ++j) s[j] = -INFINITY;
-    __m512 most = _mm512_set1_ps(a.sinks ? a.sinks[head + g] : -INFINITY), sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < padded; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(s + j));
-    const float peak = _mm512_reduce_max_ps(most);
-    for (int64_t j = 0; j < padded; j += 16) {
-      const __mmask16 present = keys - j >= 16 ? 0xffff : static_cast<__mmask16>((1u << (keys - j)) - 1);
-      const __m512 weight = _mm512_maskz_mov_ps(present, exponential(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(peak))));
-      sum = _mm512_add_ps(sum, weight);
-      // In place, behind what is still to be read.
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(s) + j / 16, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(weight)));
-    }
-    inverse[g] = 1.0f / (_mm512_reduce_add_ps(sum) + (a.sinks ? layer::exponential(a.sinks[head + g] - peak) : 0.0f));
-  }
-  uint16_t* out = a.out + (row * a.heads + head) * a.value_dim;
-  const uint16_t* weights = reinterpret_cast<const uint16_t*>(scratch);
+  most = peak, total = total * factor + _mm512_reduce_add_ps(sum);
+  return factor;
+}
+
+BITSMITH_512 inline void add(float* sums, int64_t count, int64_t dim, int64_t tokens, attend::Room& room, attend::Ahead& ahead) {
   int64_t g = 0;
   for (; g + 4 <= count; g += 4)
-    for (int64_t dim = 0; dim < a.value_dim; dim += 64)
-      values<4, 2>(a, slots, kv, padded, weights + 2 * g * padded, 2 * padded, dim, inverse + g, out + g * a.value_dim);
+    for (int64_t at = 0; at < dim; at += 64) add_to<4, 2>(sums, g, at, dim, tokens, room, ahead);
   for (; g < count; ++g)
-    for (int64_t dim = 0; dim < a.value_dim; dim += 128)
-      values<1, 4>(a, slots, kv, padded, weights + 2 * g * padded, 2 * padded, dim, inverse + g, out + g * a.value_dim);
+    for (int64_t at = 0; at < dim; at += 128) add_to<1, 4>(sums, g, at, dim, tokens, room, ahead);
 }
+
+constexpr attend::Kernels KERNELS = {decode, scores, weigh, add};
 
 }  // namespace bitsmith::attend512
 #endif

@@ -302,17 +302,15 @@ BITSMITH_512_INLINE void tile(const uint8_t* record, const uint8_t* codes, const
 template <int BITS, int PER>
 BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   float* const totals = scratch((x.m + TILE) * ROWS);
-  const int64_t size = record_bytes(x.chunk);
+  const int64_t size = record_bytes(x.chunk), k_blocks = w.k_blocks(), groups = w.groups();
   const uint8_t* record = x.records.data();
+  Groups group{w.group};
   Levels by;
   by.whole = w.whole_zero();
-  for (int64_t kb = 0; kb < w.k_blocks(); kb += STEP / BLOCK) {
-    const int64_t blocks = std::min(STEP / BLOCK, w.k_blocks() - kb);
+  for (int64_t kb = 0; kb < k_blocks; kb += STEP / BLOCK) {
+    const int64_t blocks = std::min(STEP / BLOCK, k_blocks - kb);
     const uint8_t* codes = w.block(nb, kb);
-    for (int64_t b = 0; b < blocks; b += x.chunk / BLOCK) {
-      const int64_t i = b / (x.chunk / BLOCK);
-      scales16(w, nb, (kb + b) * BLOCK / w.group, w.groups(), by.scale[i], by.zero[i]);
-    }
+    for (int64_t i = 0; i * PER < blocks; ++i) scales16(w, nb, group.next(x.chunk), groups, by.scale[i], by.zero[i]);
     float* total = totals;
     for (int64_t left = x.m; left > 0; left -= TILE, record += size, total += TILE * ROWS) {
       if (left > 4) tile<BITS, TILE, PER>(record, codes, by, blocks, kb == 0, total);

@@ -1,4 +1,4 @@
-// Attention of a prefill chunk over a paged bfloat16 cache with AVX-512: the queries of one sequence, of which the last is the sequence's last
+// Attention of a prefill chunk over a paged cache with AVX-512: the queries of one sequence, of which the last is the sequence's last
 // token. Keys and values are copied once into the order that bfloat16 dot products want; the softmax is online (arXiv 1805.02867), weights are
 // rounded to bfloat16 and sums are float32, as in torch's flash attention, which computes hidden keys too.
 #pragma once
@@ -15,7 +15,7 @@ constexpr int64_t LANES = 16;
 struct Span {
   int64_t first, keys;
 
-  explicit Span(const layer::Attention& a) {
+  explicit Span(const attend::Attention& a) {
     const int64_t oldest = a.context[0] - a.rows;
     first = a.window > 0 ? std::max<int64_t>(0, oldest - a.window + 1) : 0;
     keys = (a.context[0] - first + KEYS - 1) / KEYS * KEYS;
@@ -23,20 +23,22 @@ struct Span {
 };
 
 // 16 keys from `from` on -> pairs of dimensions, [D / 2][16].
-BITSMITH_512 inline void pack_keys(const layer::Attention& a, int64_t kv, int64_t from, uint32_t* out) {
+BITSMITH_512 inline void pack_keys(const attend::Attention& a, int64_t kv, int64_t from, uint32_t* out) {
   const int64_t pairs = a.key_dim / 2;
+  uint16_t room[attend::DIM];
   for (int64_t i = 0; i < LANES; ++i) {
     const bool there = from + i < a.context[0];
-    const uint16_t* key = there ? a.k + (a.slot(0, from + i) * a.kv_heads + kv) * a.key_dim : nullptr;
+    const uint16_t* key = there ? attend::read(a.keys(), attend::plain::decode, a.slot(0, from + i), kv, room) : nullptr;
     for (int64_t p = 0; p < pairs; ++p) out[p * LANES + i] = there ? key[2 * p] | static_cast<uint32_t>(key[2 * p + 1]) << 16 : 0;
   }
 }
 
 // 16 values from `from` on -> pairs of keys, [8][Dv].
-BITSMITH_512 inline void pack_values(const layer::Attention& a, int64_t kv, int64_t from, uint32_t* out) {
+BITSMITH_512 inline void pack_values(const attend::Attention& a, int64_t kv, int64_t from, uint32_t* out) {
+  uint16_t room[attend::DIM];
   for (int64_t i = 0; i < LANES; ++i) {
     const bool there = from + i < a.context[0];
-    const uint16_t* value = there ? a.v + (a.slot(0, from + i) * a.kv_heads + kv) * a.value_dim : nullptr;
+    const uint16_t* value = there ? attend::read(a.values(), attend::plain::decode, a.slot(0, from + i), kv, room) : nullptr;
     uint32_t* pair = out + i / 2 * a.value_dim;
     for (int64_t d = 0; d < a.value_dim; ++d) pair[d] = (i % 2 ? pair[d] : 0) | (there ? static_cast<uint32_t>(value[d]) << (16 * (i % 2)) : 0);
   }
@@ -48,13 +50,6 @@ inline __mmask16 visible(int64_t position, int64_t window, int64_t at) {
   if (last < 0 || first >= LANES) return 0;
   const uint32_t below = last >= LANES - 1 ? 0xffffu : (2u << last) - 1;
   return static_cast<__mmask16>(below & (first > 0 ? 0xffffu << first : 0xffffu));
-}
-
-BITSMITH_512_INLINE __m512 capped(__m512 score, float cap) {
-  const __m512 one = _mm512_set1_ps(1.0f), x = _mm512_mul_ps(score, _mm512_set1_ps(1.0f / cap));
-  const __m512 t = attend512::exponential(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-2.0f)));
-  const __m512 size = _mm512_mul_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_sub_ps(one, t), _mm512_add_ps(one, t)));
-  return _mm512_mask_sub_ps(size, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), size);
 }
 
 // What a task keeps of its queries: the largest score and the sum of weights so far, and weighted values, [QUERIES][Dv].
@@ -81,13 +76,13 @@ BITSMITH_512_INLINE void scores(const uint32_t* const (&query)[SHARED], const ui
 
 // Scores of one query -> weights in bfloat16, and what earlier sums are to be multiplied by.
 template <int N>
-BITSMITH_512_INLINE void weigh(const layer::Attention& a, int64_t position, int64_t at, __m512 (&score)[N], int64_t query, uint32_t* weights, State& state) {
+BITSMITH_512_INLINE void weigh(const attend::Attention& a, int64_t position, int64_t at, __m512 (&score)[N], int64_t query, uint32_t* weights, State& state) {
   __mmask16 seen[N];
   __m512 most = _mm512_set1_ps(state.most[query]);
   for (int i = 0; i < N; ++i) {
     seen[i] = visible(position, a.window, at + i * LANES);
     score[i] = _mm512_mul_ps(score[i], _mm512_set1_ps(a.scale));
-    if (a.softcap > 0) score[i] = capped(score[i], a.softcap);
+    if (a.softcap > 0) score[i] = attend512::capped(score[i], a.softcap);
     most = _mm512_mask_max_ps(most, seen[i], most, score[i]);
   }
   const float before = state.most[query], peak = _mm512_reduce_max_ps(most);
@@ -106,7 +101,7 @@ BITSMITH_512_INLINE void weigh(const layer::Attention& a, int64_t position, int6
 }
 
 // Adds the weighted values of `keys` keys to the sums of SHARED queries.
-BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* values, int64_t keys, int64_t first, State& state) {
+BITSMITH_512_INLINE void gather(const attend::Attention& a, const uint32_t* values, int64_t keys, int64_t first, State& state) {
   for (int64_t dim = 0; dim < a.value_dim; dim += 4 * LANES) {
     const int parts = static_cast<int>(std::min<int64_t>(4, (a.value_dim - dim) / LANES));
     __m512 sum[SHARED][4];
@@ -131,7 +126,7 @@ BITSMITH_512_INLINE void gather(const layer::Attention& a, const uint32_t* value
 
 // Queries first ... first + SHARED - 1 of those from `begin` on (or the last again) meet 16 N keys, the first of them key `at` of the span.
 template <int N>
-BITSMITH_512 void step(const layer::Attention& a, const Span& span, int64_t head, int64_t begin, int64_t first, int64_t at, const uint32_t* keys,
+BITSMITH_512 void step(const attend::Attention& a, const Span& span, int64_t head, int64_t begin, int64_t first, int64_t at, const uint32_t* keys,
                        const uint32_t* values, State& state) {
   const int64_t last = std::min(QUERIES, a.rows - begin) - 1, oldest = a.context[0] - a.rows + begin, pairs = a.key_dim / 2;
   const uint32_t* query[SHARED];
@@ -144,7 +139,7 @@ BITSMITH_512 void step(const layer::Attention& a, const Span& span, int64_t head
 }
 
 // Queries `begin` ... begin + QUERIES - 1 (or the last) of one head; keys and values of its key head as packed.
-BITSMITH_512 inline void attend(const layer::Attention& a, const Span& span, int64_t head, int64_t begin, const uint32_t* keys, const uint32_t* values,
+BITSMITH_512 inline void attend(const attend::Attention& a, const Span& span, int64_t head, int64_t begin, const uint32_t* keys, const uint32_t* values,
                                 State& state) {
   const int64_t count = std::min(QUERIES, a.rows - begin), oldest = a.context[0] - a.rows + begin;
   state.values.assign(static_cast<size_t>(QUERIES * a.value_dim), 0.0f);

@@ -67,6 +67,18 @@ struct Weight {
   const uint8_t* block(int64_t nb, int64_t kb) const { return codes + (nb * k_blocks() + kb) * 64 * bits; }
 };
 
+// The groups of chunks that follow each other: a division for each chunk takes as long as dot products of two rows (4 bits, g128, 512 x 2048, 32 rows,
+// Zen 4: 174 -> 159 us).
+struct Groups {
+  int64_t size, at = 0, inside = 0;
+
+  int64_t next(int64_t chunk) {
+    const int64_t found = at;
+    if ((inside += chunk) >= size) inside = 0, ++at;
+    return found;
+  }
+};
+
 // Activations of one product, in the order the kernels read.
 struct Input {
   int64_t m, inputs;                 // inputs a row: k rounded up to whole chunks and to 64, zeros at the end

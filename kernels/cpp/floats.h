@@ -1,6 +1,6 @@
 // Products in float32 of weights that are decoded a panel at a time: 16 outputs by some inputs, in the first-level cache. Activations
 // are not rounded. One skeleton (panel.h), several decoders (scalars.h, trellis.h, vectors.h), each a function that fills a panel;
-// and dots.h, which does without.
+// and dots.h, which does without. With AVX-512, bfloat16 activations take floats512.h, which rounds weights to bfloat16.
 //
 // The bodies are written in vectors that GCC and Clang lower to any machine and are compiled twice on x86: for AVX2 with FMA and
 // F16C, and plainly, which is also what ARM gets. Only look-ups and conversions differ (panel.h).

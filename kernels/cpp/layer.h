@@ -1,5 +1,5 @@
-// The steps between the products of a decoder layer: norm, rotary embedding, gated activation, decode attention over a paged
-// cache. Plain loops on float32; the compiler makes a version for each width of vectors and picks one at load.
+// The steps between the products of a decoder layer: norm, rotary embedding, gated activation. Plain loops on float32; the compiler makes a
+// version for each width of vectors and picks one at load.
 #pragma once
 #include "common.h"
 
@@ -93,88 +93,6 @@ BITSMITH_CLONES inline void rope(const uint16_t* x, const uint16_t* cosine, cons
     y[at + apart] = narrow(b * c + a * s);
   }
   for (int64_t i = r; i < d; ++i) y[i] = x[i];
-}
-
-struct Attention {
-  const uint16_t *q, *k, *v;
-  uint16_t* out;
-  const int32_t *table, *context;  // [rows, pages], [rows]
-  const float* sinks;              // [heads] or null
-  int64_t rows, heads, kv_heads, key_dim, value_dim, pages, block_size, window, q_stride;
-  float scale, softcap;
-
-  // Where position `at` of a row's sequence lies in the cache.
-  int64_t slot(int64_t row, int64_t at) const { return table[row * pages + at / block_size] * block_size + at % block_size; }
-};
-
-constexpr int64_t GROUP = 8;
-
-// Keys that are read together: as many chains of sums in flight.
-constexpr int64_t KEYS = 4;
-// A number of each head of a group. The compiler's own vectors: loops over eight floats it leaves in memory.
-using Heads = float __attribute__((vector_size(GROUP * sizeof(float))));
-
-// Numbers of KEYS keys (or values) of a row's sequence as float32, [KEYS][d]; beyond the last, zeros.
-inline __attribute__((always_inline)) void widen(const Attention& a, const uint16_t* cache, int64_t row, int64_t kv, int64_t at, int64_t count,
-                                                  int64_t d, float* out) {
-  for (int64_t j = 0; j < KEYS; ++j) {
-    if (j >= count) {
-      std::memset(out + j * d, 0, static_cast<size_t>(d) * 4);
-      continue;
-    }
-    const uint16_t* from = cache + (a.slot(row, at + j) * a.kv_heads + kv) * d;
-#pragma omp simd
-    for (int64_t i = 0; i < d; ++i) out[j * d + i] = bfloat_to_float(from[i]);
-  }
-}
-
-// Up to GROUP query heads that share a key head, one row. scratch: GROUP * (context + KEYS + value_dim) + KEYS * max(key_dim, value_dim)
-// floats.
-BITSMITH_CLONES inline void attend(const Attention& a, int64_t row, int64_t kv, int64_t first, int64_t count, float* scratch) {
-  const int64_t length = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, length - a.window) : 0, keys = length - begin;
-  const int64_t d = a.key_dim, dv = a.value_dim, head = kv * (a.heads / a.kv_heads) + first, padded = (keys + KEYS - 1) / KEYS * KEYS;
-  float *scores = scratch, *sums = scores + GROUP * padded, *wide = sums + GROUP * dv;
-  // Heads side by side: a score of each is a lane, and nothing is summed across lanes.
-  Heads query[256] = {};
-  for (int64_t g = 0; g < count; ++g)
-    for (int64_t i = 0; i < d; ++i) query[i][g] = bfloat_to_float(a.q[row * a.q_stride + (head + g) * d + i]) * a.scale;
-  for (int64_t j = 0; j < keys; j += KEYS) {
-    widen(a, a.k, row, kv, begin + j, keys - j, d, wide);
-    Heads dot[KEYS] = {};
-    for (int64_t i = 0; i < d; ++i)
-      for (int64_t t = 0; t < KEYS; ++t) dot[t] += query[i] * wide[t * d + i];
-    for (int64_t t = 0; t < KEYS; ++t)
-      for (int64_t g = 0; g < GROUP; ++g) scores[g * padded + j + t] = dot[t][g];
-  }
-  float inverse[GROUP];
-  for (int64_t g = 0; g < count; ++g) {
-    float* s = scores + g * padded;
-    if (a.softcap > 0)
-      for (int64_t j = 0; j < keys; ++j) s[j] = a.softcap * std::tanh(s[j] / a.softcap);
-    float peak = a.sinks ? a.sinks[head + g] : s[0], sum = 0;
-#pragma omp simd reduction(max : peak)
-    for (int64_t j = 0; j < keys; ++j) peak = std::max(peak, s[j]);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < keys; ++j) {
-      s[j] = exponential(s[j] - peak);
-      sum += s[j];
-    }
-    if (a.sinks) sum += exponential(a.sinks[head + g] - peak);
-    inverse[g] = 1.0f / sum;
-    for (int64_t j = keys; j < padded; ++j) s[j] = 0;
-  }
-  std::memset(sums, 0, static_cast<size_t>(GROUP * dv) * 4);
-  for (int64_t j = 0; j < keys; j += KEYS) {
-    widen(a, a.v, row, kv, begin + j, keys - j, dv, wide);
-    for (int64_t g = 0; g < count; ++g) {
-      const float* p = scores + g * padded + j;
-      float* sum = sums + g * dv;
-#pragma omp simd
-      for (int64_t i = 0; i < dv; ++i) sum[i] += p[0] * wide[i] + p[1] * wide[dv + i] + p[2] * wide[2 * dv + i] + p[3] * wide[3 * dv + i];
-    }
-  }
-  for (int64_t g = 0; g < count; ++g)
-    for (int64_t i = 0; i < dv; ++i) a.out[(row * a.heads + head + g) * dv + i] = narrow(sums[g * dv + i] * inverse[g]);
 }
 
 }  // namespace bitsmith::layer

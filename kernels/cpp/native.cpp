@@ -2,6 +2,7 @@
 //
 // Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
 #include "amx.h"
+#include "attend.h"
 #include "attend512.h"
 #include "avx2.h"
 #include "avx512.h"
@@ -10,6 +11,7 @@
 #include "chunk512.h"
 #include "common.h"
 #include "floats.h"
+#include "floats512.h"
 #include "folded.h"
 #include "generic.h"
 #include "grids.h"
@@ -58,14 +60,19 @@ int32_t best_path() {
   return GENERIC;
 }
 
-#if BITSMITH_X86 && defined(__linux__)
+// Several row blocks at a time, or null where one is taken after the other.
 using Panels = void (*)(const Weight&, const Input&, int64_t nb, int64_t count, void* y, int32_t dtype);
 
-Panels panels_of(const Weight& w) {
-  if (w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
-  BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
-}
+Panels panels_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int64_t m, [[maybe_unused]] int32_t path) {
+#if BITSMITH_X86
+#if defined(__linux__)
+  if (path == FOLDED && w.kind == INT8) BITSMITH_BY_BITS(w.bits, folded::rows, INT8)
+  if (path == FOLDED) BITSMITH_BY_BITS(w.bits, folded::rows, BFLOAT)
 #endif
+  if (path == AVX512 && pairs512::taken(w, m)) BITSMITH_BY_BITS(w.bits, pairs512::table_rows, BFLOAT)
+#endif
+  return nullptr;
+}
 
 Rows rows_of([[maybe_unused]] const Weight& w, [[maybe_unused]] int32_t path) {
 #if BITSMITH_X86
@@ -141,10 +148,17 @@ void records(int64_t m, int64_t steps, int64_t size, int32_t threads, std::vecto
 // 2048 rows, two threads: 4-bit 381 -> 320 ms, Q4_K 775 -> 454).
 constexpr int64_t TOGETHER = 1 << 19;
 
-int64_t together(int64_t m, int64_t k) {
-  const int64_t parts = std::max<int64_t>(1, (m * k + TOGETHER - 1) / TOGETHER);
+// Rows of bfloat16 activations that pass each panel of pairs512.h, at most: decoding it takes what 4 to 16 rows do.
+constexpr int64_t PAIRED = 512;
+
+// m rows in equal parts of whole tiles, at least one: the rows of a part.
+int64_t part_of(int64_t m, int64_t parts) {
+  parts = std::max<int64_t>(1, parts);
   return round_up((m + parts - 1) / parts, TILE);
 }
+
+int64_t together(int64_t m, int64_t k) { return part_of(m, (m * k + TOGETHER - 1) / TOGETHER); }
+int64_t paired(int64_t m) { return part_of(m, (m + PAIRED - 1) / PAIRED); }
 
 const void* row_of(const void* p, int64_t at, int32_t dtype) { return static_cast<const char*>(p) + at * (dtype == F32 ? 4 : 2); }
 void* row_of(void* p, int64_t at, int32_t dtype) { return static_cast<char*>(p) + at * (dtype == F32 ? 4 : 2); }
@@ -155,10 +169,10 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   Input& in = buffers;
   shape(w, path == FOLDED ? BFLOAT : w.kind, m, in);
   const Prepare prepare = prepare_of(w, path);
-  int64_t wide = path == AMX ? 2 : 1;
+  const Panels panels = panels_of(w, m, path);
+  int64_t wide = path == AMX ? 2 : panels ? PANELS : 1;
 #if BITSMITH_X86 && defined(__linux__)
-  const Panels panels = path == FOLDED ? panels_of(w) : nullptr;
-  if (panels) wide = folded::width(w, threads);
+  if (path == FOLDED) wide = folded::width(w, threads);
 #endif
   const Rows rows = rows_of(w, path);
   const int64_t count = (w.row_blocks() + wide - 1) / wide;
@@ -169,20 +183,43 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
     records(m, (in.inputs + avx512::STEP - 1) / avx512::STEP, avx512::record_bytes(in.chunk), threads, in.records,
             [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
+  if (path == AVX512 && panels)
+    records(m, (w.k_blocks() * BLOCK + pairs512::STEP - 1) / pairs512::STEP, pairs512::RECORD_BYTES, threads, in.records,
+            [&](int64_t tile, int64_t step, uint8_t* to) { pairs512::record(in.b.data(), in.stride, m, w.k_blocks() * BLOCK, tile, step, to); });
 #endif
   pool().run(count, threads, [&](int64_t i) {
-#if BITSMITH_X86 && defined(__linux__)
-    if (panels) return panels(w, in, i * wide, wide, y, y_dtype);
-#endif
+    if (panels) return panels(w, in, i * wide, std::min(wide, w.row_blocks() - i * wide), y, y_dtype);
     rows(w, in, i * wide, y, y_dtype);
   });
 }
 
-// Parts of the rows one after the other: rounds their activations (`pairs`: and records them, with pairs of sums or without), then
-// rows(activations, nb, y of the part) for each block of 16 outputs.
+#if BITSMITH_X86
+// bitsmith_floats of bfloat16 activations with AVX-512.
+void floats_pairs(const Source& s, const uint16_t* x, int64_t m, void* y, int32_t y_dtype, int32_t threads) {
+  static thread_local std::vector<uint8_t> buffer;
+  const int64_t k = s.w.k, steps = (k + pairs512::STEP - 1) / pairs512::STEP, count = s.w.row_blocks(), most = paired(m);
+  for (int64_t first = 0; first < m; first += most) {
+    const int64_t part = std::min(most, m - first), wide = part <= TILE ? 1 : PANELS;
+    const uint16_t* from = x + first * k;
+    void* to = row_of(y, first * s.w.n, y_dtype);
+    records(part, steps, pairs512::RECORD_BYTES, part * k < (1 << 15) ? 1 : threads, buffer,
+            [&](int64_t tile, int64_t step, uint8_t* out) { pairs512::record(from, k, part, k, tile, step, out); });
+    // Of this thread: a task may be another's.
+    const uint8_t* recorded = buffer.data();
+    pool().run((count + wide - 1) / wide, threads, [&](int64_t task) {
+      floats512::rows(s, part, recorded, task * wide, std::min(wide, count - task * wide), to, y_dtype);
+    });
+  }
+}
+#endif
+
+// Whether activations of many rows are recorded, and what of their groups.
+enum class Records { NONE, STARTS, PAIRS };
+
+// Parts of the rows one after the other: rounds and records their activations, then rows(activations, nb, y of the part) for each block of 16 outputs.
 template <class Rows>
 void two_level_product(const two_level::Weight& w, void (*prepare)(const two_level::Weight&, const void*, int32_t, int64_t, two_level::Input&),
-                       [[maybe_unused]] const bool* pairs, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
+                       [[maybe_unused]] Records kind, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads, const Rows& rows) {
   static thread_local two_level::Input buffers;
   two_level::Input& in = buffers;
   const int64_t step = together(m, w.k), count = w.row_blocks();
@@ -193,9 +230,10 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
     two_level::shape(w, part, in);
     pool().run(part, part * w.k < (1 << 15) ? 1 : threads, [&](int64_t row) { prepare(w, from, x_dtype, row, in); });
 #if BITSMITH_X86
-    if (pairs && two_level::recorded(part))
-      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, *pairs), threads, in.records,
-              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, *pairs, tile, chunk, to); });
+    const bool pairs = kind == Records::PAIRS;
+    if (kind != Records::NONE && two_level::recorded(part))
+      records(part, w.chunks(), two_level::record_bytes(w.chunk(), w.group, pairs), threads, in.records,
+              [&](int64_t tile, int64_t chunk, uint8_t* to) { two_level::record(w, in, pairs, tile, chunk, to); });
 #endif
     pool().run(count, threads, [&](int64_t nb) { rows(in, nb, to); });
   }
@@ -204,7 +242,7 @@ void two_level_product(const two_level::Weight& w, void (*prepare)(const two_lev
 }  // namespace
 
 // Raised with every change of a signature or a structure below; kernels/library.py refuses a library of another number.
-BITSMITH_API int32_t bitsmith_abi() { return 18; }
+BITSMITH_API int32_t bitsmith_abi() { return 19; }
 
 BITSMITH_API int32_t bitsmith_path() { return best_path(); }
 
@@ -213,12 +251,12 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
                                   int32_t threads, int32_t path) {
   const Weight& w = *weight;
   if (path < 0) path = choose(w, m);
-  const int64_t step = path == AMX || path == FOLDED ? m : together(m, w.k);
+  const int64_t step = path == AMX || path == FOLDED ? m : path == AVX512 && w.kind == BFLOAT ? paired(m) : together(m, w.k);
   for (int64_t first = 0; first < m; first += step)
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
+// The same in float32, of everything floats.h decodes; with AVX-512, bfloat16 x by floats512.h. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
 // best of this machine.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
                                   [[maybe_unused]] int32_t path) {
@@ -229,7 +267,7 @@ BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x
   Dots dots = floats::dots_of(s, m);
 #if BITSMITH_X86
   if (path != GENERIC && floats256::supported()) decode = floats256::decode_of(s), prepare = floats256::prepare, rows = floats256::rows, dots = floats256::dots_of(s, m);
-  if (path < 0 && s.form == TRELLIS && avx512::supported()) decode = trellis512::decode_of(s);
+  if (path < 0 && x_dtype == BF16 && floats512::taken(s, m) && avx512::supported()) return floats_pairs(s, static_cast<const uint16_t*>(x), m, y, y_dtype, threads);
 #endif
   static thread_local Slab buffers;
   Slab& slab = buffers;
@@ -312,11 +350,11 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
   const two_level::Weight& w = *weight;
   auto prepare = two_level::prepare;
   auto rows = two_level::rows;
-  const bool* recorded = nullptr;
+  Records kind = Records::NONE;
 #if BITSMITH_X86
-  const bool wide = path != AVX2 && avx512::supported(), pairs = !wide || w.mins;
+  const bool wide = path != AVX2 && avx512::supported();
   if (path != GENERIC) {
-    recorded = &pairs;
+    kind = wide && !w.mins ? Records::STARTS : Records::PAIRS;
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = wide ? two_level::wide::rows_of(w) : two_level::vectors::rows_of(w);
   }
@@ -327,7 +365,7 @@ BITSMITH_API void bitsmith_two_level_linear(const two_level::Weight* weight, con
     rows = path == NEON ? two_level::neon::rows_of<two_level::neon::Widen>(w) : two_level::neon::rows_of<two_level::neon::Dot>(w);
   }
 #endif
-  two_level_product(w, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(w, prepare, kind, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, in, nb, to, y_dtype); });
 }
 
@@ -340,12 +378,12 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
   as.supers = w.supers;  // For `chunk` alone: they lie otherwise.
   auto prepare = two_level::prepare;
   auto rows = grids::rows;
-  const bool* recorded = nullptr;
+  Records kind = Records::NONE;
 #if BITSMITH_X86
-  const bool wide = path != AVX2 && avx512::supported(), pairs = false;
+  const bool wide = path != AVX2 && avx512::supported();
   if (path != GENERIC) {
     const grids::Rows alone = wide && m == 1 ? grids::row::rows_of(w) : nullptr;
-    if (wide) recorded = &pairs, as.zero = alone ? grids::row::UP : grids::BIAS;
+    if (wide) kind = Records::STARTS, as.zero = alone ? grids::row::UP : grids::BIAS;
     else as.group = 16;  // The sums that grids256.h reads.
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
     rows = !wide ? grids::vectors::rows_of(w) : alone ? alone : grids::wide::rows_of(w);
@@ -357,7 +395,7 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
     rows = path == NEON ? grids::neon::rows_of<grids::neon::Widen>(w) : grids::neon::rows_of<grids::neon::Dot>(w);
   }
 #endif
-  two_level_product(as, prepare, recorded, x, x_dtype, m, y, y_dtype, threads,
+  two_level_product(as, prepare, kind, x, x_dtype, m, y, y_dtype, threads,
                     [=](const two_level::Input& in, int64_t nb, void* to) { rows(w, as, in, nb, to, y_dtype); });
 }
 
@@ -396,7 +434,7 @@ BITSMITH_API void bitsmith_norm(const uint16_t* x, const uint16_t* weight, uint1
 // y = a + b, dense bfloat16.
 BITSMITH_API void bitsmith_add(const uint16_t* a, const uint16_t* b, uint16_t* y, int64_t count, int32_t threads) {
   constexpr int64_t PIECE = 1 << 14;
-  pool().run((count + PIECE - 1) / PIECE, count < (1 << 17) ? 1 : threads, [&](int64_t i) {
+  pool().run((count + PIECE - 1) / PIECE, count < (1 << 16) ? 1 : threads, [&](int64_t i) {
     const int64_t at = i * PIECE;
     layer::add(a + at, b + at, y + at, std::min(PIECE, count - at));
   });
@@ -441,30 +479,12 @@ BITSMITH_API void bitsmith_rope(const uint16_t* x, const uint16_t* cosine, const
   });
 }
 
-// Decode rows only: one query a row, over a paged bfloat16 cache. See layer.h; key_dim is at most 256.
-// plain: the loops of layer.h, for tests.
-BITSMITH_API void bitsmith_attend(const layer::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
-  const layer::Attention& a = *what;
-  const int64_t shared = a.heads / a.kv_heads, parts = (shared + layer::GROUP - 1) / layer::GROUP;
-  int64_t keys = 0;
-  for (int64_t row = 0; row < a.rows; ++row) keys = std::max<int64_t>(keys, a.context[row]);
+// Decode rows only, see attend.h. plain: its own loops, for tests.
+BITSMITH_API void bitsmith_attend(const attend::Attention* what, int32_t threads, [[maybe_unused]] int32_t plain) {
 #if BITSMITH_X86
-  const bool vectors = !plain && attend512::takes(a);
+  if (!plain && attend512::takes(*what)) return attend::attend(*what, threads, attend512::KERNELS);
 #endif
-  const bool small = a.rows * a.heads * keys * a.key_dim < (1 << 17);
-  pool().run(a.rows * a.kv_heads * parts, small ? 1 : threads, [&](int64_t task) {
-    static thread_local std::vector<float> scratch;
-    static thread_local std::vector<int64_t> slots;
-    const size_t size = static_cast<size_t>(layer::GROUP * (keys + 16 + a.value_dim) + layer::KEYS * std::max(a.key_dim, a.value_dim));
-    if (scratch.size() < size) scratch.resize(size);
-    if (static_cast<int64_t>(slots.size()) < keys + 16) slots.resize(static_cast<size_t>(keys + 16));
-    const int64_t part = task % parts, kv = task / parts % a.kv_heads, row = task / parts / a.kv_heads;
-    const int64_t first = part * layer::GROUP, count = std::min(layer::GROUP, shared - first);
-#if BITSMITH_X86
-    if (vectors) return attend512::attend(a, row, kv, first, count, scratch.data(), slots.data());
-#endif
-    layer::attend(a, row, kv, first, count, scratch.data());
-  });
+  attend::attend(*what, threads, attend::plain::KERNELS);
 }
 
 // Whether bitsmith_attend_chunk has the instructions and takes heads of these sizes.
@@ -477,9 +497,9 @@ BITSMITH_API int32_t bitsmith_chunk_taken([[maybe_unused]] int64_t key_dim, [[ma
 }
 
 // A chunk of one sequence's queries, see chunk512.h: `rows` of them, block table and context of that sequence alone.
-BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const layer::Attention* what, [[maybe_unused]] int32_t threads) {
+BITSMITH_API void bitsmith_attend_chunk([[maybe_unused]] const attend::Attention* what, [[maybe_unused]] int32_t threads) {
 #if BITSMITH_X86
-  const layer::Attention& a = *what;
+  const attend::Attention& a = *what;
   static thread_local std::vector<uint32_t> packed_keys, packed_values;
   const chunk512::Span span(a);
   const int64_t pairs = a.key_dim / 2, of_keys = span.keys * pairs, of_values = span.keys / 2 * a.value_dim, parts = span.keys / chunk512::LANES;

@@ -215,11 +215,12 @@ void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
   float* total = totals.data();
   const uint8_t* p = w.block(nb, 0);
+  Groups group{w.group};
   uint8_t codes[4 * 512];
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t blocks = std::min((c + 1) * per, k_blocks) - c * per;
     Scales by;
-    scales16(w, nb, c * x.chunk / w.group, groups, BITS == 8 ? 128 : 0, by);
+    scales16(w, nb, group.next(x.chunk), groups, BITS == 8 ? 128 : 0, by);
     if (x.m == 1) {
       By::template chunk<BITS, 1, true>(x, p, c, blocks, 0, by, total);
       p += blocks * 64 * BITS;

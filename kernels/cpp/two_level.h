@@ -28,8 +28,10 @@ struct Weight {
   int64_t super_blocks() const { return (k + SUPER - 1) / SUPER; }
   // Inputs of a row that are rounded together: a super block, as llama.cpp has it, and with float scales half of one.
   int64_t chunk() const { return supers ? SUPER : CHUNK; }
-  int64_t chunks() const { return (k + chunk() - 1) / chunk(); }
-  int64_t groups() const { return SUPER / group; }
+  int64_t chunks() const { return supers ? super_blocks() : (k + CHUNK - 1) / CHUNK; }
+  // Dividing by a group's size takes longer than what is done with a group.
+  int64_t shift() const { return group == 32 ? 5 : 4; }
+  int64_t groups() const { return SUPER >> shift(); }
   int64_t sub_bytes() const { return groups() * ROWS * sub_bits / 8; }
 };
 

@@ -21,11 +21,11 @@ constexpr int64_t record_bytes(int64_t span, int64_t group, bool pairs) { return
 constexpr bool recorded(int64_t m) { return m > 4; }
 
 inline void record(const Weight& w, const Input& x, bool pairs, int64_t tile, int64_t s, uint8_t* to) {
-  const int64_t span = w.chunk(), groups = w.k / w.group, from = s * span, inputs = std::min(span, w.k - from), first = from / w.group;
+  const int64_t span = w.chunk(), groups = w.k >> w.shift(), from = s * span, inputs = std::min(span, w.k - from), first = from >> w.shift();
   avx2::place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, inputs / 4, to);
   for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    if (pairs) place(x.group_sums.data() + row * groups + first, inputs / w.group / 2, to + span * TILE);
-    else place(x.start.data() + row * groups + first, inputs / w.group, to + span * TILE);
+    if (pairs) place(x.group_sums.data() + row * groups + first, inputs >> w.shift() >> 1, to + span * TILE);
+    else place(x.start.data() + row * groups + first, inputs >> w.shift(), to + span * TILE);
     place(x.step.data() + row * w.chunks() + s, 1, to + record_bytes(span, w.group, pairs) - TILE * 4);
   }
 }
@@ -236,7 +236,7 @@ BITSMITH_256 inline void prepare(const Weight& w, const void* x, int32_t dtype, 
       sums = _mm256_hadd_epi32(sums, sums);
       sums = _mm256_hadd_epi32(sums, sums);
       const int32_t first = _mm256_extract_epi32(sums, 0), second = _mm256_extract_epi32(sums, 4);
-      int16_t* to = in.group_sums.data() + (row * w.k + c * chunk + i) / w.group;
+      int16_t* to = in.group_sums.data() + ((row * w.k + c * chunk + i) >> w.shift());
       to[0] = static_cast<int16_t>(w.group == 32 ? first + second : first);
       if (w.group == 16) to[1] = static_cast<int16_t>(second);
     }

@@ -58,7 +58,7 @@ constexpr bool MINS = SUB != 0 && !TABLE && (BITS == 2 || BITS == 4 || BITS == 5
 
 // One row of activations, and what its groups add to sums of unsigned codes: nothing with mins, else minus the zero point times their sum.
 BITSMITH_512 inline void prepare(const Weight& w, const void* x, int32_t dtype, int64_t row, Input& in) {
-  const int64_t span = w.chunk(), spans = w.chunks(), shift = w.group == 32 ? 5 : 4;
+  const int64_t span = w.chunk(), spans = w.chunks(), shift = w.shift();
   const int32_t zero = w.mins ? 0 : w.zero + (w.table ? BIAS : 0);
   for (int64_t s = 0; s < spans; ++s) {
     const int64_t at = s * span, count = std::min(span, w.k - at), first = (row * w.k + at) >> shift;
