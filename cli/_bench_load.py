@@ -1,11 +1,14 @@
-"""`bitsmith bench load PATH`: seconds to load a model for serving on the CPU, and how many times reading it takes."""
+"""`bitsmith bench load PATH|SHAPE`: seconds to load a model for serving on the CPU, and how many times reading it
+takes. SHAPE as in `bench decode`."""
 
 import argparse
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 from ..errors import UserError
+from ._bench_model import model_of
 from ._output import note, print_json
 
 
@@ -14,24 +17,27 @@ def run(args: argparse.Namespace, threads: int) -> None:
     from ..eval import load_speed as speed
 
     if args.path is None:
-        raise UserError("bench load needs a model directory or a .gguf file: bitsmith bench load model.gguf")
-    start = time.perf_counter()
-    seconds = speed.measure(args.path, args.samples)
-    figures = {name: statistics.median(taken) for name, taken in seconds.items()} | {"ratio": speed.ratio(seconds)}
-    if not args.no_record:
-        _record(args, figures, threads, time.perf_counter() - start)
+        raise UserError("bench load needs a model directory, a .gguf file or a shape: bitsmith bench load 1.1b")
+    with tempfile.TemporaryDirectory(prefix="bitsmith-bench-") as scratch:
+        path = model_of(args, Path(scratch))
+        start = time.perf_counter()
+        seconds = speed.measure(path, args.samples)
+        figures = {name: statistics.median(taken) for name, taken in seconds.items()} | {"ratio": speed.ratio(seconds)}
+        if not args.no_record:
+            _record(args, path, figures, threads, time.perf_counter() - start)
     if args.json:
         print_json({"model": args.path, "threads": threads, **figures, "samples": seconds})
     else:
         print(f"read {figures[speed.READ]:.2f} s, load {figures[speed.LOAD]:.2f} s: {figures['ratio']:.2f} x reading")
 
 
-def _record(args: argparse.Namespace, figures: dict[str, float], threads: int, took: float) -> None:
+def _record(args: argparse.Namespace, path: Path, figures: dict[str, float], threads: int, took: float) -> None:
     """One row a figure."""
     from ..eval.results import FILE_NAME, Result, append, default_dir, here
     from ..eval.subject import subject
 
-    who, place = subject(args.path), here()
+    # What was written for this run is named by its shape.
+    who, place = subject(str(path), None if path == Path(args.path) else args.path), here()
     found = [
         Result(
             **place,

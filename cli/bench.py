@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import UserError
 from . import _bench_attention, _bench_kernels, _bench_load, _bench_samplers, _threads
+from ._bench_model import model_of
 from ._output import note, print_json, quiet_libraries
 
 _PEERS = {"transformers": ("transformers",), "llama.cpp": ("llama.cpp", "llama.cpp --no-repack")}
@@ -35,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
         "path",
         metavar="PATH|SHAPE",
         nargs="?",
-        help="decode and load: a model directory or .gguf file; decode: or 1.1b, 8b, tiny; "
+        help="decode and load: a model directory or .gguf file, or 1.1b, 8b, tiny; "
         "samplers: ROWSxVOCABULARY (64x131072)",
     )
     parser.add_argument(
@@ -87,18 +88,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")
     peers = _peers(args.against)
     quiet_libraries()
-    from ..eval.random_models import SHAPES, write_checkpoint, write_gguf
     from ..eval.speed import CASES, measure, rows
 
     with tempfile.TemporaryDirectory(prefix="bitsmith-bench-") as scratch:
-        path = Path(args.path)
-        named = args.path in SHAPES and not path.exists()
-        if named and args.gguf_type:
-            path = Path(scratch) / f"{args.gguf_type}.gguf"
-            write_gguf(SHAPES[args.path], path, args.gguf_type)
-        elif named:
-            path = Path(scratch) / "model"
-            write_checkpoint(SHAPES[args.path], path, args.bits, args.group_size, args.head_bits)
+        path = model_of(args, Path(scratch))
         if _is_gguf(Path(args.path)):
             peers = _peers_of_file(path, peers, args.against is not None)
         gguf = path if _is_gguf(path) else Path(scratch) / f"{_gguf_type(args)}.gguf"

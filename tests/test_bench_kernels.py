@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bitsmith.eval import kernel_speed as speed
 from bitsmith.eval.kernel_peers import PEERS, Product
 from bitsmith.eval.kernel_speed import Case, Ceiling, Clock, Timing
 from bitsmith.eval.results import read
+from bitsmith.kernels.recording import Recording, Unrecordable
 from bitsmith.kernels.spec import Spec
 
 CPU = torch.device("cpu")
@@ -144,8 +146,25 @@ def test_peers_take_weights_of_their_kind_and_absent_ones_are_not_listed(monkeyp
         found = speed.contenders(Spec.parse(text), (64, 256), CPU, list(PEERS), told.append)
         assert list(found) == names
         for product in found.values():
-            assert product.run(torch.randn(3, 256).bfloat16()).shape == (3, 64)
+            assert product.run(product.bind(torch.randn(3, 256).bfloat16())).shape == (3, 64)
     assert not told
+
+
+def test_ours_is_recorded_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 256).bfloat16()
+
+    def made() -> tuple[Any, torch.Tensor]:
+        torch.manual_seed(0)
+        ours = speed.contenders(Spec.parse("affine4.g128.asym"), (64, 256), CPU, [], [].append)["bitsmith"]
+        call = ours.bind(x)
+        return call, ours.run(call)
+
+    recording, expected = made()
+    assert isinstance(recording, Recording)
+    monkeypatch.setattr(speed, "record", Mock(side_effect=Unrecordable("numpy of a tensor")))
+    plain, y = made()
+    assert not isinstance(plain, Recording)
+    assert torch.equal(y, expected)
 
 
 def test_a_peer_that_cannot_be_built_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,4 +42,13 @@ def test_the_command(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_path_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "load"]) == 2
-    assert "bench load needs a model directory or a .gguf file" in capsys.readouterr().err
+    assert "bench load needs a model directory, a .gguf file or a shape" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "spec"), [([], "affine4.g32.sym"), (["--gguf-type", "Q4_0"], "gguf:q4_0")])
+def test_a_shape_is_written_for_the_run(kind: list[str], spec: str, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    flags = ["--group-size", "32", "--samples", "1", "--results", str(tmp_path)]
+    assert not main(["bench", "load", "tiny", *kind, *flags])
+    assert {(row.model, row.spec) for row in read(tmp_path / FILE_NAME)} == {("tiny", spec)}
+    torch.set_num_threads(threads)

@@ -75,6 +75,12 @@ BITSMITH_512_INLINE __m512i numbers(const __m512i (&halves)[2], __m512i table) {
 // The byte of 8 signs of 7, of which the last makes their number even.
 constexpr uint8_t even(int bits) { return static_cast<uint8_t>(bits | (bits ^ bits >> 1 ^ bits >> 2 ^ bits >> 3 ^ bits >> 4 ^ bits >> 5 ^ bits >> 6) << 7); }
 
+// The lower seven bits of each byte with the eighth sign.
+BITSMITH_512_INLINE __m512i with_eighth(__m512i signs) {
+  static constexpr Bytes LOW = bytes_of<64>([](int i) { return even(i); }), HIGH = bytes_of<64>([](int i) { return even(i + 64); });
+  return _mm512_permutex2var_epi8(load(LOW), signs, load(HIGH));
+}
+
 // `numbers` with the signs of inputs 4 QUAD .. of a code.
 template <class F, int QUAD>
 BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
@@ -87,8 +93,7 @@ BITSMITH_512_INLINE __m512i with_signs(__m512i numbers, __m512i signs) {
 template <class F>
 BITSMITH_512_INLINE __m512i signs_of(__m512i code) {
   if constexpr (F::SIGNS != 7) return code;
-  static constexpr Bytes LOW = bytes_of<64>([](int i) { return even(i); }), HIGH = bytes_of<64>([](int i) { return even(i + 64); });
-  return _mm512_permutex2var_epi8(load(LOW), _mm512_srli_epi32(code, F::PLACE % 8), load(HIGH));
+  return with_eighth(_mm512_srli_epi32(code, F::PLACE % 8));
 }
 
 // Eight numbers of 16 rows, plus 128: two vectors of bytes. shift: what is added to them.
@@ -109,29 +114,48 @@ BITSMITH_512_INLINE __m512i shift_of(__m512i from, int32_t bit) {
   return _mm512_mask_blend_epi32(_mm512_test_epi32_mask(from, _mm512_set1_epi32(bit)), _mm512_set1_epi8(1), _mm512_set1_epi8(-1));
 }
 
+// Where a super block's codes of 16 outputs lie; codes of scales, eight groups a lane.
+template <class F>
+struct Streams {
+  const uint8_t* codes[ROWS];
+  alignas(64) uint32_t lane[F::GROUPS / 8][ROWS];
+
+  BITSMITH_512_INLINE __m512i code(int64_t g) const {
+    return _mm512_srli_epi32(_mm512_load_si512(lane[g / 8]), static_cast<uint32_t>(g % 8 * F::SCALE_BITS));
+  }
+};
+
+template <class F>
+BITSMITH_512_INLINE void open(const Weight& w, int64_t nb, int64_t s, Streams<F>& to) {
+  for (int64_t r = 0; r < ROWS; ++r) {
+    const Row row = row_at<F>(w, nb, r, s);
+    to.codes[r] = row.codes;
+    ahead<F>(w, row);
+    for (int64_t i = 0; i < F::GROUPS / 8; ++i) to.lane[i][r] = eight_scales<F>(row.scales + i * F::SCALE_BITS);
+  }
+}
+
+// The scales of groups, (2 code + 1) * super.
+template <class F>
+BITSMITH_512_INLINE void scales(const Streams<F>& from, const float* super, Scales& by) {
+  const __m512 one = _mm512_load_ps(super), two = _mm512_add_ps(one, one);
+  for (int64_t g = 0; g < F::GROUPS; ++g)
+    by.scale[g] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(from.code(g), _mm512_set1_epi32(F::MASK))), two, one);
+}
+
 // Super block s of 16 outputs: their numbers plus 128, the scales of their groups, of which `super` is a factor.
 template <class F>
 BITSMITH_512 void decode(const Weight& w, int64_t nb, int64_t s, const float* super, uint8_t* to, Scales& by) {
-  constexpr int64_t GROUPS = F::GROUPS;
-  alignas(64) uint32_t lane[GROUPS / 8][ROWS];
-  const uint8_t* codes[ROWS];
-  for (int64_t r = 0; r < ROWS; ++r) {
-    const Row row = row_at<F>(w, nb, r, s);
-    codes[r] = row.codes;
-    ahead<F>(w, row);
-    for (int64_t i = 0; i < GROUPS / 8; ++i) lane[i][r] = eight_scales<F>(row.scales + i * F::SCALE_BITS);
-  }
-  const __m512i table = _mm512_loadu_si512(w.levels), mask = _mm512_set1_epi32(F::MASK);
-  __m512i shift[GROUPS];
-  for (int64_t g = 0; g < GROUPS; ++g) {
-    const __m512i code = _mm512_srli_epi32(_mm512_load_si512(lane[g / 8]), static_cast<uint32_t>(g % 8 * F::SCALE_BITS));
-    const __m512i scale = _mm512_or_si512(_mm512_slli_epi32(_mm512_and_si512(code, mask), 1), _mm512_set1_epi32(1));
-    by.scale[g] = _mm512_mul_ps(_mm512_cvtepi32_ps(scale), _mm512_load_ps(super));
-    if constexpr (F::GROUP_SHIFT) shift[g] = shift_of(code, F::MASK + 1);
-  }
+  Streams<F> from;
+  open<F>(w, nb, s, from);
+  scales<F>(from, super, by);
+  const __m512i table = _mm512_loadu_si512(w.levels);
+  __m512i shift[F::GROUPS];
+  if constexpr (F::GROUP_SHIFT)
+    for (int64_t g = 0; g < F::GROUPS; ++g) shift[g] = shift_of(from.code(g), F::MASK + 1);
   for (int64_t half = 0; half < 2; ++half) {
     __m512i code[16];
-    for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(codes[r] + half * 2 * F::WIDTH);
+    for (int64_t r = 0; r < ROWS; ++r) code[r] = codes16<F>(from.codes[r] + half * 2 * F::WIDTH);
     avx512::transpose(code);
     for (int64_t o = 0; o < 16; o += TOGETHER<F>, to += 128 * TOGETHER<F>) {
       __m512i found[2];

@@ -17,6 +17,7 @@
 #include "grids.h"
 #include "grids256.h"
 #include "grids512.h"
+#include "grids_row512.h"
 #include "layer.h"
 #include "neon.h"
 #include "neon_grids.h"
@@ -381,10 +382,11 @@ BITSMITH_API void bitsmith_grids_linear(const grids::Weight* weight, const void*
 #if BITSMITH_X86
   const bool wide = path != AVX2 && avx512::supported();
   if (path != GENERIC) {
-    if (wide) kind = Records::STARTS, as.zero = grids::BIAS;
+    const grids::Rows alone = wide && m == 1 ? grids::row::rows_of(w) : nullptr;
+    if (wide) kind = Records::STARTS, as.zero = alone ? grids::row::UP : grids::BIAS;
     else as.group = 16;  // The sums that grids256.h reads.
     prepare = wide ? two_level::wide::prepare : two_level::vectors::prepare;
-    rows = wide ? grids::wide::rows_of(w) : grids::vectors::rows_of(w);
+    rows = !wide ? grids::vectors::rows_of(w) : alone ? alone : grids::wide::rows_of(w);
   }
 #elif BITSMITH_NEON
   if (path < 0) path = best_path();
