@@ -1,5 +1,6 @@
 """`bitsmith bench decode PATH|SHAPE`: tokens per second beside transformers and llama.cpp on the same machine.
-`bitsmith bench kernels` is in _bench_kernels.py; attention, samplers and load are in files named likewise.
+`bitsmith bench kernels` is in _bench_kernels.py; attention, samplers and load, which takes a SHAPE too, are in files
+named likewise.
 
 SHAPE is a random Llama of that shape (1.1b: TinyLlama's), quantized on the fly; a PATH is measured as it is, its peers
 on random weights of its shape. Of a .gguf file, and of a SHAPE with --gguf-type, llama.cpp runs the very file that ours

@@ -5,6 +5,7 @@ with random ones of its shape and kind, and are not checked for what they comput
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ class Product:
     run: Callable[[Any], Any]
     nbytes: int
     path: str
-    # x -> what `run` takes, made outside the clock.
-    bind: Callable[[Tensor], Any] = lambda x: x
+    # x -> what `run` takes, made outside the clock; None: x itself.
+    bind: Callable[[Tensor], Any] | None = None
+
+    def call(self, x: Tensor) -> Callable[[], Any]:
+        """What the clock times."""
+        return partial(self.run, x if self.bind is None else self.bind(x))
 
 
 def device_of(q: QTensor) -> torch.device:

@@ -5,22 +5,22 @@ Per weight spec, shape (outputs x inputs) and rows M: the time, the bytes a seco
 copying (bytes read plus written) and F.linear on a large square. Everything runs in one process. Contenders are
 interleaved, one call each a round, so that drift of the machine hits all alike; the figure is the median. Before each
 call a buffer larger than any cache is written, since in a model every weight comes from memory. On a GPU a call is
-captured in a CUDA graph where that works, so it is the kernels that are timed and not Python. On the CPU ours is
-recorded (kernels/recording.py), as a decode step is and as llama.cpp's graph is built: where Python dispatches it,
-whose code has left the caches with all else, a product takes 0.27 ms more.
+captured in a CUDA graph where that works, so it is the kernels that are timed and not Python. On the CPU ours and
+torch's are recorded (kernels/recording.py), as a decode step is and as llama.cpp's graph is built: where Python
+dispatches one, whose code has left the caches with all else, a product takes 0.27 ms more.
 
 A peer is listed where it can take a weight of the same kind (kernel_peers.py): torch's int4 operator (tinygemm; both
 devices), gemlite and torchao for 4-bit groups, bitsandbytes for NF4, llama.cpp for GGUF's types on the CPU. One that is
 not installed is absent; one that fails says so and is left out.
 
-Slow cases are cut short: a product whose first call takes over a fifth of a second is called for one second in all or
+Slow cases are cut short: a product whose first call takes over a fifth of a second is timed for one second in all or
 once, and F.linear or a peer of which 64 rows or more say that it would take over a second is left out, and said.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ..kernels import bits
 from ..kernels.codebook import FIXED
-from ..kernels.dispatch import Matmul, prepare
+from ..kernels.dispatch import prepare
 from ..kernels.families import family, one_level_parts, scale_dtype, scale_shape
 from ..kernels.qtensor import QTensor, matrix_shape
 from ..kernels.recording import Unrecordable, record
@@ -229,23 +229,22 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
     return QTensor(spec, shape, parts)
 
 
-def _ours(product: Matmul, device: torch.device) -> Product:
-    """`product`, on a CPU recorded for each x where that works, as in serve/recorded.py."""
+def _recorded(product: Product) -> Product:
+    """`product` of torch's operators and ours on a CPU, recorded for each x where that works, as in
+    serve/recorded.py."""
 
     @torch.inference_mode()
-    def bind(x: Tensor) -> Callable[[], Tensor]:
+    def bind(x: Tensor) -> Callable[[], Any]:
         try:
-            return record(partial(product, x))
+            return record(product.call(x))
         except Unrecordable:
-            return partial(product, x)
+            return product.call(x)
 
     @torch.inference_mode()
-    def run(call: Callable[[], Tensor]) -> Tensor:
+    def run(call: Callable[[], Any]) -> Any:
         return call()
 
-    if device.type != "cpu":
-        return Product(product, product.nbytes, product.name)
-    return Product(run, product.nbytes, product.name, bind)
+    return replace(product, run=run, bind=bind)
 
 
 def contenders(
@@ -258,7 +257,7 @@ def contenders(
     # What its values are matters to no clock.
     dense = torch.randn(1, shape[1], device=device).to(dtype).repeat(shape[0], 1)
     found = {
-        OURS: _ours(ours, device),
+        OURS: Product(ours, ours.nbytes, ours.name),
         DENSE: Product(lambda x: torch.nn.functional.linear(x, dense), dense.nbytes, str(dtype).removeprefix("torch.")),
     }
     for name in wanted:
@@ -268,7 +267,9 @@ def contenders(
             continue
         except RuntimeError as error:
             told(f"{name} is left out of {spec} {shape[0]}x{shape[1]}: {error}")
-    return found
+    if device.type != "cpu":
+        return found
+    return {name: product if product.bind else _recorded(product) for name, product in found.items()}
 
 
 def measure(
@@ -306,11 +307,7 @@ def _interleaved(
 ) -> dict[str, Timing]:
     """Timings by contender."""
     x = torch.randn(case.rows, case.shape[1], device=clock.device).to(half_dtype(clock.device))
-
-    def bound(product: Product) -> Callable[[], Any]:
-        return partial(product.run, product.bind(x))
-
-    seconds = interleaved(case.name, {n: partial(bound, p) for n, p in products.items()}, clock, samples, told)
+    seconds = interleaved(case.name, {n: partial(p.call, x) for n, p in products.items()}, clock, samples, told)
     return {name: Timing(taken, products[name].nbytes, products[name].path) for name, taken in seconds.items()}
 
 

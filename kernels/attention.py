@@ -8,8 +8,8 @@ Rows of the packed batch are cut into groups that share one gather and one atten
 length together (the query heads of one KV head become the query rows; `enable_gqa` is 14 times slower on CPU),
 prefill chunks in pieces of QUERY_CHUNK queries. A gather repeats a sequence's own first key where rows are padded, so
 whatever other slots hold, NaN included, cannot reach the result. Copying K and V costs half of the attention of decode
-rows, and torch computes what the mask hides: over a plain bfloat16 cache decode rows, and with AVX-512 chunks, take the
-native library's walk of the block table where it is installed.
+rows, and torch computes what the mask hides: over bfloat16 and int8 caches decode rows, and with AVX-512 chunks, take
+the native library's walk of the block table where it is installed.
 
 Measured on one Zen 5 thread, bf16, 32/4 heads of 64, 8 sequences of 1024: gather 0.29 ms, SDPA 0.92 ms, matmul +
 softmax 3.7 ms.
@@ -51,6 +51,10 @@ class Group(NamedTuple):
     mask: Tensor | None  # [batch, 1, queries, S] bool, True where visible; None if everything is
 
 
+# Groups by window and the sequences before them.
+Memo = dict[tuple[int | None, int], list[Group]]
+
+
 def store(parts: Parts, x: Tensor, slots: Tensor, encode: Callable[[Tensor], Parts]) -> None:
     """Encode `x[T, heads, dim]` and write it to `slots[T]` (int64) of every cache part, in place."""
     for part, encoded in zip(parts, encode(x), strict=True):
@@ -75,7 +79,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    memo: dict[int | None, list[Group]] | None = None,
+    memo: Memo | None = None,
 ) -> Tensor:
     """Causal attention of the packed queries over the paged cache -> `[T, H, Dv]` in q's dtype.
 
@@ -94,9 +98,9 @@ def paged_attention(
         pieces, grouped = _by_library(q, cache_k, cache_v, cu_q, context_len, block_table, num_decode, more)
     groups: list[Group] = []
     if grouped < len(context_len):
-        if window not in memo:
-            memo[window] = group_rows(cu_q, context_len, block_table, num_decode, block_size, window, grouped)
-        groups = memo[window]
+        if (window, grouped) not in memo:
+            memo[window, grouped] = group_rows(cu_q, context_len, block_table, num_decode, block_size, window, grouped)
+        groups = memo[window, grouped]
     for group in groups:
         stop = group.start + group.batch * group.queries
         flat = group.slots.reshape(-1)
@@ -108,7 +112,7 @@ def paged_attention(
 
 
 def native(q: Tensor, cache_k: Parts, cache_v: Parts) -> bool:
-    """Whether the native library reads this cache with these queries."""
+    """Whether the native library takes them: bfloat16 queries on the CPU, keys and values that it `reads`."""
     dims = q.shape[-1], cache_v[0].shape[-1]
     return native_layer.usable(q) and all(map(native_layer.reads, (cache_k, cache_v), dims))
 

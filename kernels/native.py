@@ -10,7 +10,9 @@ operators by measurement (results/LOG.md).
     minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums;
                            NVFP4 and MXFP4 see native_two_level.py
 
-From some dozens of rows on, weights are decoded once and scaled in bfloat16, and activations stay in bfloat16 for all.
+From some dozens of rows on AMX decodes weights once and scales them in bfloat16, and activations stay in bfloat16 for
+all. Where they stay so anyway AVX-512 decodes once from nine rows on, and scales meet the sums (fractional zero points
+the values, which are rounded once more then; cpp/pairs512.h).
 `BITSMITH_ACT=bf16` keeps them there for affine weights at any number of rows. What int8 activations cost in KL
 divergence is in results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from,
 bit for bit.

@@ -5,7 +5,7 @@ Takes what native.py does not (cpp/floats.h says how each is decoded):
     affine                      groups of a multiple of 8 inputs; all of them under BITSMITH_ACT=bf16 without AVX-512
     minifloat, codebook         values of up to 8 bits, in groups of a multiple of 8 or without AVX-512; rowtable
     codebook of vectors         v1 to v8, any number of books, entries looked up in the dtype of their table; v8 at up
-                                to 8 rows without panels (cpp/dots.h)
+                                to 8 rows of float32 without panels (cpp/dots.h)
     trellis                     states computed, not looked up
 
 Weights are the exact ones (`QTensor.dequantize`), only the order of float32 sums differs from a plain product; but with

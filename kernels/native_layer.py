@@ -1,6 +1,6 @@
 """The native CPU library's small steps (cpp/layer.h): norm, rotary embedding, gated activation, Hadamard transform
-(cpp/rotate.h), decode and prefill attention and the residual's sum, in bfloat16 with float32 inside; and rows copied to
-and from their places.
+(cpp/rotate.h), decode attention (cpp/attend.h), prefill attention (cpp/chunk512.h) and the residual's sum, in bfloat16
+with float32 inside; and rows copied to and from their places.
 
 One call each where torch needs four to twenty operators, which at one token a step is what the time goes to. The
 operators of kernels/fused.py take them where `usable`; their torch twins are the oracle. Each function here gives the
@@ -240,7 +240,7 @@ def _attend_fake(q: Tensor, k: Any, v: Sequence[Tensor], *_: Any, **__: Any) -> 
 
 
 # Decode rows: q [B, H, D], `usable` and heads dense; parts of the caches that it `reads`; int32 [B, P] and [B],
-# contiguous; sinks float32 [H] -> [B, H, Dv]. plain: the loops of any processor, for tests.
+# contiguous, at least one token each; sinks float32 [H] -> [B, H, Dv]. plain: the loops of any processor, for tests.
 attend = ops.define(
     "native_attend(Tensor q, Tensor[] k, Tensor[] v, Tensor block_table, Tensor context_len, int block_size, "
     "float scale, int? window, float? softcap, Tensor? sinks, bool plain=False) -> Tensor",
@@ -251,8 +251,8 @@ attend = ops.define(
 
 
 def takes_chunks(key_dim: int, value_dim: int) -> bool:
-    """Whether `attend_chunk` takes heads of these sizes on this machine. With AMX torch's own attention has the tiles,
-    and the library has none for it."""
+    """Whether `attend_chunk` takes heads of these sizes, of up to LARGEST_DIM, on this machine. With AMX torch's own
+    attention has the tiles, and the library has none for it."""
     return native.best_path() == "avx512" and bool(_functions().bitsmith_chunk_taken(key_dim, value_dim))
 
 

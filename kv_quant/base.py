@@ -5,6 +5,10 @@ in any order, so scales are per token (and head, or group within a head). Keys a
 hands them to the attention function: per-token codecs lose nothing by that, but codecs that need keys before RoPE
 (KVQuant's per-channel key scales) cannot be written here.
 
+A CPU's attention kernels read two layouts without a codec's `decode` (kernels.native_layer.reads): bfloat16 numbers,
+and int8 codes with a bfloat16 scale for each vector, number = code * scale. A codec that means something else by parts
+of these shapes and dtypes must shape them otherwise.
+
 `KVCache` is the one place that allocates parts, stores through `encode` and hands gathered parts to `decode`.
 """
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..kernels.attention import Group, KVShape, Parts
+from ..kernels.attention import KVShape, Memo, Parts
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Step:
 
     batch: Batch
     cache: PagedCache
-    memo: dict[int | None, list[Group]] = field(default_factory=dict)
+    memo: Memo = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from bitsmith.cli.main import main
 from bitsmith.eval import ggml_peer
 from bitsmith.eval import kernel_speed as speed
 from bitsmith.eval.kernel_peers import PEERS, Product
-from bitsmith.eval.kernel_speed import Case, Ceiling, Clock, Timing
+from bitsmith.eval.kernel_speed import DENSE, OURS, Case, Ceiling, Clock, Timing
 from bitsmith.eval.results import read
 from bitsmith.kernels.recording import Recording, Unrecordable
 from bitsmith.kernels.spec import Spec
@@ -146,18 +146,18 @@ def test_peers_take_weights_of_their_kind_and_absent_ones_are_not_listed(monkeyp
         found = speed.contenders(Spec.parse(text), (64, 256), CPU, list(PEERS), told.append)
         assert list(found) == names
         for product in found.values():
-            assert product.run(product.bind(torch.randn(3, 256).bfloat16())).shape == (3, 64)
+            assert product.call(torch.randn(3, 256).bfloat16())().shape == (3, 64)
     assert not told
 
 
-def test_ours_is_recorded_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [OURS, DENSE])
+def test_products_are_recorded_where_that_works(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 256).bfloat16()
 
     def made() -> tuple[Any, torch.Tensor]:
         torch.manual_seed(0)
-        ours = speed.contenders(Spec.parse("affine4.g128.asym"), (64, 256), CPU, [], [].append)["bitsmith"]
-        call = ours.bind(x)
-        return call, ours.run(call)
+        call = speed.contenders(Spec.parse("affine4.g128.asym"), (64, 256), CPU, [], [].append)[name].call(x)
+        return call.args[0], call()
 
     recording, expected = made()
     assert isinstance(recording, Recording)

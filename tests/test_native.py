@@ -9,6 +9,7 @@ from bitsmith.errors import UserError
 from bitsmith.kernels import bits, codebook, dispatch, fused, native, native_layer, repack
 from bitsmith.kernels.affine import zero_dtype
 from bitsmith.kernels.attention import Parts, paged_attention
+from bitsmith.kernels.attention import native as native_attention
 from bitsmith.kernels.families import scale_dtype, scale_shape
 from bitsmith.kernels.minifloat import FLOATS
 from bitsmith.kernels.qtensor import QTensor, matrix_shape
@@ -155,19 +156,20 @@ def test_permuted_inputs() -> None:
 
 
 @pytest.mark.parametrize("m", [3, 20])
-@pytest.mark.parametrize("text", ["affine4.g128.asym", "affine4.g64.zf16"])
+@pytest.mark.parametrize("text", ["affine4.g128.asym", "affine4.g64.zf16", "affine4.g96.zf16"])
 def test_bfloat16_activations_on_request(text: str, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if native.best_path() not in ("avx512", "amx"):
         pytest.skip("needs avx512 with bfloat16")
-    q = random_qtensor(text, (64, 256))
-    x = torch.randn(m, 256).bfloat16()
-    wanted = x.float() @ q.dequantize().T
+    q = random_qtensor(text, (64, 480))
+    x, weight = torch.randn(m, 480).bfloat16(), q.dequantize()
+    wanted = x.float() @ weight.T
     rounded = dispatch.prepare(q, torch.bfloat16)(x)
     monkeypatch.setenv("BITSMITH_ACT", "bf16")
     product = dispatch.prepare(q, torch.bfloat16)
     assert product.name == "native"
     kept = product(x)
     assert (kept - wanted).norm() < (rounded - wanted).norm()
+    close(kept, wanted, 4e-3, terms(x.float(), weight))
     monkeypatch.setenv("BITSMITH_ACT", "fp4")
     with pytest.raises(UserError, match="BITSMITH_ACT is 'fp4'; accepted: int8"):
         dispatch.prepare(q, torch.bfloat16)
@@ -288,7 +290,8 @@ def paged(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "softcap", "sinks"),
     [(4, 4, 32, None, None, False), (8, 2, 64, None, None, False), (24, 2, 80, 7, None, False), (6, 1, 48, None, 20.0, False),
-     (4, 2, 64, 5, 3.0, True), (8, 1, 128, 300, 30.0, True), (34, 34, 128, None, None, True), (16, 1, 256, None, None, False)],
+     (4, 2, 64, 5, 3.0, True), (8, 1, 128, 300, 30.0, True), (34, 34, 128, None, None, True), (16, 1, 256, None, None, False),
+     (4, 1, 512, None, None, True)],
 )  # fmt: skip
 def test_decode_attention(
     heads: int,
@@ -302,7 +305,7 @@ def test_decode_attention(
 ) -> None:
     """Against the same function in float32, whose path is the torch twin: a token, parts of a step (cpp/attend.h), and
     sequences in several parts."""
-    lengths, block_size, value_dim = [1, 5, 37, 16, 129, 2600], 4, 80 if dim % 64 == 0 else 40
+    lengths, block_size, value_dim = [1, 5, 37, 16, 129, 2600], 4, {64: 80, 128: 128, 256: 80, 512: 512}.get(dim, 40)
     table, stored, numbers = paged(lengths, block_size, kv_heads, (dim, value_dim), kv)
     q = torch.randn(len(lengths), heads, dim).bfloat16()
     extra = torch.randn(heads) if sinks else None
@@ -316,20 +319,46 @@ def test_decode_attention(
         )  # fmt: skip
 
     wanted = run(q.float(), numbers)
+    assert native_attention(q, *stored)
     close(run(q, stored), wanted, 4e-3)
     monkeypatch.setattr(native_layer, "attend", partial(native_layer.attend, plain=True))
     close(run(q, stored), wanted, 4e-3)
 
 
-def test_a_sequence_is_attended_to_alike_in_any_batch() -> None:
-    lengths = [700, 3, 40, 1000]
-    table, stored, _ = paged(lengths, 16, 2, (64, 64), "none")
-    q, context = torch.randn(4, 8, 64).bfloat16(), torch.tensor(lengths, dtype=torch.int32)
-    together = native_layer.attend(q, *stored, table, context, 16, 0.1, None, None, None)
-    for row in range(4):
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("kv", "window"), [("none", None), ("int8", 300)])
+def test_a_sequence_is_attended_to_alike_in_any_batch(kv: str, window: int | None, plain: bool) -> None:
+    """Also where there are more parts than are worked on at once (HELD of cpp/attend.h)."""
+    lengths = [700, 3, 40, 1000] * 24
+    table, stored, _ = paged(lengths, 16, 2, (64, 64), kv)
+    q, context = torch.randn(len(lengths), 8, 64).bfloat16(), torch.tensor(lengths, dtype=torch.int32)
+    more = (16, 0.1, window, None, torch.randn(8), plain)
+    together = native_layer.attend(q, *stored, table, context, *more)
+    for row in range(len(lengths)):
         one = slice(row, row + 1)
-        alone = native_layer.attend(q[one], *stored, table[one], context[one], 16, 0.1, None, None, None)
-        assert torch.equal(alone, together[one])
+        assert torch.equal(native_layer.attend(q[one], *stored, table[one], context[one], *more), together[one])
+
+
+def test_what_the_library_reads() -> None:
+    plain, codes, scales = (
+        torch.zeros(4, 1, 544).bfloat16(),
+        torch.zeros(4, 1, 64).char(),
+        torch.zeros(4, 1, 1).bfloat16(),
+    )
+    assert native_layer.reads((plain[:, :, :512].contiguous(),), 512) and native_layer.reads((codes, scales), 64)
+    assert not native_layer.reads((plain,), 544)
+    assert not native_layer.reads((codes, scales.float()), 64)
+    assert not native_layer.reads((codes, plain), 64)
+    assert not native_layer.reads((codes,), 64)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_not_a_number_stays_one(plain: bool) -> None:
+    table, (k, v), _ = paged([70], 16, 1, (64, 64), "none")
+    q = torch.randn(1, 4, 64).bfloat16()
+    q[0, 1, 3] = torch.nan
+    out = native_layer.attend(q, k, v, table, torch.tensor([70], dtype=torch.int32), 16, 0.1, None, None, None, plain)
+    assert out[0, 1].isnan().all() and out[0, [0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.skipif(native.best_path() != "avx512", reason="chunks have AVX-512 kernels only")
@@ -337,7 +366,7 @@ def test_a_sequence_is_attended_to_alike_in_any_batch() -> None:
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "value_dim", "window", "softcap", "sinks"),
     [(4, 4, 64, 64, None, None, False), (8, 1, 128, 128, None, None, True), (6, 3, 80, 96, 50, None, True),
-     (4, 2, 96, 16, 9, 30.0, False), (4, 2, 256, 256, 128, 5.0, True)],
+     (4, 2, 96, 16, 9, 30.0, False), (4, 2, 256, 256, 128, 5.0, True), (2, 1, 512, 512, None, None, False)],
 )  # fmt: skip
 def test_prefill_attention(
     heads: int, kv_heads: int, dim: int, value_dim: int, window: int | None, softcap: float | None, sinks: bool, kv: str

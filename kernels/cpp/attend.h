@@ -249,31 +249,43 @@ constexpr int64_t PARTS = 16, LEAST = 128;
 // Bytes of the keys and values of a step: with those of the next one, half of a second-level cache.
 constexpr int64_t STEP_BYTES = 1 << 18;
 
-inline void attend(const Attention& a, int32_t threads, const Kernels& by) {
-  static thread_local std::vector<Part> parts;
-  static thread_local std::vector<float> states;
+// Parts whose states are held at once, but all of a sequence.
+constexpr int64_t HELD = 256;
+
+// Adds a row's parts.
+inline void cut(const Attention& a, int64_t row, std::vector<Part>& parts) {
+  const int64_t stop = a.context[row], begin = a.window > 0 ? std::max<int64_t>(0, stop - a.window) : 0, keys = stop - begin;
+  const int64_t size = std::max(LEAST, (keys + PARTS * TOKENS - 1) / (PARTS * TOKENS) * TOKENS);
+  for (int64_t at = begin; at < stop; at += size) parts.push_back({row, at, std::min(at + size, stop), keys <= size});
+}
+
+// All parts; states: room for theirs.
+inline void run(const Attention& a, const std::vector<Part>& parts, float* states, int32_t threads, const Kernels& by) {
   const int64_t bytes = a.keys().token_bytes() + a.values().token_bytes(), step = std::clamp(STEP_BYTES / bytes / LANES * LANES, LANES, TOKENS);
-  int64_t most = 0;
-  parts.clear();
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t begin = a.window > 0 ? std::max<int64_t>(0, a.context[row] - a.window) : 0, keys = a.context[row] - begin;
-    const int64_t size = std::max(LEAST, (keys + PARTS * TOKENS - 1) / (PARTS * TOKENS) * TOKENS);
-    for (int64_t at = begin; at < a.context[row]; at += size) parts.push_back({row, at, std::min(at + size, a.context[row] + int64_t{0}), keys <= size});
-    most = std::max(most, keys);
-  }
   const int64_t count = static_cast<int64_t>(parts.size()), size = State::size(a);
-  if (static_cast<int64_t>(states.size()) < count * size) states.resize(static_cast<size_t>(count * size));
-  float* const all = states.data();
   const Part* const each = parts.data();
-  if (a.rows * a.heads * most * a.key_dim < (1 << 17)) threads = 1;
-  pool().run(count, threads, [&](int64_t i) {
+  int64_t tokens = 0;
+  for (const Part& part : parts) tokens += part.stop - part.first;
+  pool().run(count, tokens * a.heads * a.key_dim < (1 << 17) ? 1 : threads, [&](int64_t i) {
     static thread_local Room room;
-    run(a, each[i], i + 1 < count ? each + i + 1 : nullptr, step, by, State(a, all + i * size), room);
-    if (each[i].sole) finish(a, each[i].row, all + i * size, 1);
+    run(a, each[i], i + 1 < count ? each + i + 1 : nullptr, step, by, State(a, states + i * size), room);
+    if (each[i].sole) finish(a, each[i].row, states + i * size, 1);
   });
   for (int64_t i = 0, own = 1; i < count; i += own, own = 1) {
     while (i + own < count && each[i + own].row == each[i].row) ++own;
-    if (!each[i].sole) finish(a, each[i].row, all + i * size, own);
+    if (!each[i].sole) finish(a, each[i].row, states + i * size, own);
+  }
+}
+
+inline void attend(const Attention& a, int32_t threads, const Kernels& by) {
+  static thread_local std::vector<Part> parts;
+  static thread_local std::vector<float> states;
+  for (int64_t row = 0; row < a.rows;) {
+    parts.clear();
+    while (row < a.rows && static_cast<int64_t>(parts.size()) < HELD) cut(a, row++, parts);
+    const size_t size = parts.size() * static_cast<size_t>(State::size(a));
+    if (states.size() < size) states.resize(size);
+    run(a, parts, states.data(), threads, by);
   }
 }
 

@@ -29,7 +29,8 @@ BITSMITH_512_INLINE __m512 sums16(const __m512 (&a)[16]) {
 
 // As layer::exponential, for v <= 0.
 BITSMITH_512_INLINE __m512 exponential(__m512 v) {
-  v = _mm512_max_ps(v, _mm512_set1_ps(-87.0f));
+  // NaN is the second one's.
+  v = _mm512_max_ps(_mm512_set1_ps(-87.0f), v);
   const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), v);
   r = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), r);

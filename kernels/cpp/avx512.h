@@ -1,4 +1,4 @@
-// AVX-512: VNNI for int8 activations, BF16 for bfloat16 ones. Few rows go straight from registers; see amx.h for many.
+// AVX-512: VNNI for int8 activations, BF16 for bfloat16 ones. Few rows go from row to row, many from records; many of bfloat16 are in pairs512.h.
 #pragma once
 #include "avx2.h"
 

@@ -10,8 +10,6 @@
 #if BITSMITH_X86
 namespace bitsmith::grids::row {
 
-using wide::load;
-
 // What makes numbers that have the shift of a clear bit bytes without a sign; what a set bit takes from them.
 constexpr int32_t UP = 9, SHIFTED = 2;
 

@@ -1,6 +1,4 @@
 // Products of quantized weights with activations on the CPU; Python calls it through kernels/library.py. See common.h for the layout.
-//
-// Left out: 16-bit codes and vector codebooks, weights whose groups are not whole blocks of 32 inputs (Python decodes those).
 #include "amx.h"
 #include "attend.h"
 #include "attend512.h"
@@ -256,8 +254,8 @@ BITSMITH_API void bitsmith_linear(const Weight* weight, const void* x, int32_t x
     product(w, row_of(x, first * w.k, x_dtype), x_dtype, std::min(step, m - first), row_of(y, first * w.n, y_dtype), y_dtype, threads, path);
 }
 
-// The same in float32, of everything floats.h decodes; with AVX-512, bfloat16 x by floats512.h. path: GENERIC = without this machine's instructions and AVX2, for tests; otherwise the
-// best of this machine.
+// The same of everything that floats.h decodes, in float32; bfloat16 x as in floats512.h where there is AVX-512. path: -1 = the best of this machine;
+// AVX2 and GENERIC, which is without its instructions, are for tests.
 BITSMITH_API void bitsmith_floats(const Source* source, const void* x, int32_t x_dtype, int64_t m, void* y, int32_t y_dtype, int32_t threads,
                                   [[maybe_unused]] int32_t path) {
   const Source& s = *source;
