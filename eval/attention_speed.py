@@ -27,7 +27,7 @@ from ..kv_quant.base import KVCache, load_codec
 from ..models.attention import attend
 from ..models.batch import Batch, Step
 from ..serve.engine import EngineConfig
-from .kernel_speed import OURS, Clock, Timing, half_dtype, interleaved
+from .kernel_speed import OURS, Clock, Timing, half_dtype, interleaved, recorded
 
 SEQUENCES = (1, 8, 32)
 CONTEXTS = (512, 2048, 8192)
@@ -161,7 +161,9 @@ def _timings(
     case: Case, clock: Clock, peers: Sequence[str], samples: int, told: Callable[[str], None]
 ) -> dict[str, Timing]:
     found = contenders(case, clock.device, peers)
-    makers: dict[str, Callable[[], Callable[[], Any]]] = {n: partial(_itself, c.run) for n, c in found.items()}
+    # As in the engine, whose decode steps are recorded on a CPU.
+    made = recorded if clock.device.type == "cpu" and not case.prefill else _itself
+    makers: dict[str, Callable[[], Callable[[], Any]]] = {n: partial(made, c.run) for n, c in found.items()}
     seconds = interleaved(case.name, makers, clock, samples, told)
     return {name: Timing(taken, found[name].nbytes, found[name].path) for name, taken in seconds.items()}
 

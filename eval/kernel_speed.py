@@ -229,22 +229,17 @@ def random_weight(spec: Spec, shape: tuple[int, int], device: torch.device) -> Q
     return QTensor(spec, shape, parts)
 
 
-def _recorded(product: Product) -> Product:
-    """`product` of torch's operators and ours on a CPU, recorded for each x where that works, as in
-    serve/recorded.py."""
-
-    @torch.inference_mode()
-    def bind(x: Tensor) -> Callable[[], Any]:
+def recorded(call: Callable[[], Any]) -> Callable[[], Any]:
+    """`call` of torch's operators or ours on a CPU, recorded where that works, as in serve/recorded.py."""
+    with torch.inference_mode():
         try:
-            return record(product.call(x))
+            return torch.inference_mode()(record(call))
         except Unrecordable:
-            return product.call(x)
+            return torch.inference_mode()(call)
 
-    @torch.inference_mode()
-    def run(call: Callable[[], Any]) -> Any:
-        return call()
 
-    return replace(product, run=run, bind=bind)
+def _recorded(product: Product) -> Product:
+    return replace(product, run=lambda call: call(), bind=lambda x: recorded(product.call(x)))
 
 
 def contenders(

@@ -140,4 +140,7 @@ def _again(results: Sequence[Tensor], func: Any, args: Sequence[Any], kwargs: Ma
 
 
 def _storage(t: Tensor) -> int:
-    return t.untyped_storage().data_ptr()
+    try:
+        return t.untyped_storage().data_ptr()
+    except NotImplementedError as error:
+        raise Unrecordable(f"an opaque tensor, as oneDNN packs them: {error}") from error

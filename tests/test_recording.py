@@ -95,6 +95,12 @@ def test_refuses_what_depends_on_contents(function: Callable[[Tensor], Tensor]) 
         record(lambda: function(torch.arange(16.0)))
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="its tensors are oneDNN's")
+def test_refuses_tensors_without_a_storage() -> None:
+    with pytest.raises(Unrecordable, match="oneDNN"):
+        record(lambda: torch.ones(2, 3).to_mkldnn().to_dense())
+
+
 def build(tiny_model: Callable[..., Any], name: str) -> Any:
     return tiny_model(name).to(torch.bfloat16)
 
