@@ -12,6 +12,8 @@ mpt, gptj). Each needs code of its own; all are refused.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..errors import UserError
 from ..kernels import paged
 from ..kernels.attention import KVShape, paged_attention
-from .batch import Step, WarmUp, current_step, running
+from .batch import Step, WarmUp, current_step, paged_step, running
 
 ATTENTION = "bitsmith_paged"
 
@@ -124,6 +126,7 @@ def make_paged(model: PreTrainedModel, max_model_len: int, warm_up_tokens: int =
     model.set_attn_implementation(ATTENTION)
     model.eval()
     freeze_rope(model, max_model_len)
+    narrow_last_mlp(model)
     return warm_up(model, warm_up_tokens)
 
 
@@ -168,6 +171,30 @@ def _freeze(module: nn.Module, kind: str, max_model_len: int, prefix: str, kwarg
     inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](module.config, buffer.device, seq_len=max_model_len, **kwargs)
     buffer.copy_(inv_freq)
     setattr(module, f"{prefix}attention_scaling", scaling)
+
+
+def narrow_last_mlp(model: PreTrainedModel) -> None:
+    """Let the last layer's MLP compute only rows whose logits are wanted: nobody reads the others.
+
+    Of a prompt that is its last token: of 512 tokens of a 1.1 B Llama 3.5 % of the multiplications are gone (llama.cpp
+    does the same). A decoder without `layers`, or a layer without `mlp`, stays as it is.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    if mlp is not None:
+        mlp.forward = partial(_of_last_rows, mlp.forward)
+
+
+def _of_last_rows(forward: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """x `[1, T, W]` -> what `forward` gives, zeros in rows that are not among the step's last ones."""
+    step = paged_step()
+    if step is None or x.shape[:2] != (1, len(step.batch.ids)) or len(step.batch.last) == x.shape[1]:
+        return forward(x)
+    found = forward(x[:, step.batch.last])
+    # Experts give their scores too.
+    rows, *others = found if isinstance(found, tuple) else (found,)
+    wide = x.new_zeros(*x.shape[:2], rows.shape[-1]).index_copy_(1, step.batch.last, rows)
+    return (wide, *others) if isinstance(found, tuple) else wide
 
 
 @torch.inference_mode()

@@ -80,6 +80,12 @@ def current_step() -> Step | WarmUp:
         ) from None
 
 
+def paged_step() -> Step | None:
+    """The step in progress; None in a warm-up and in a plain forward."""
+    step = _CURRENT.get(None)
+    return step if isinstance(step, Step) else None
+
+
 @contextmanager
 def running(step: Step | WarmUp) -> Iterator[None]:
     """Make `step` the current one for the forward inside the `with`."""

@@ -79,6 +79,21 @@ def test_tokens_equal_transformers_generate(name: str, tiny_model: Build, byte_t
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
+@pytest.mark.parametrize("name", SERVED)
+def test_the_last_mlp_computes_the_rows_whose_logits_are_wanted(
+    name: str, tiny_model: Build, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, rows = prompts(), list[int]()
+    model = tiny_model(name)
+    mlp = model.get_decoder().layers[-1].mlp
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: (rows.append(x.shape[1]), forward(x))[1])
+    engine = Engine(model, byte_tokenizer, replace(SMALL, max_num_batched_tokens=64))
+    rows.clear()
+    staggered(engine, asked)
+    assert rows and max(rows) <= SMALL.max_num_seqs < max(map(len, asked))
+
+
 @pytest.mark.parametrize(
     ("name", "lost"),
     [
