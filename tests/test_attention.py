@@ -136,8 +136,8 @@ def test_layers_share_indices_per_window() -> None:
     case = make_case(LENGTHS["mixed"], torch.float32)
     memo: dict = {}
     first = case.run(memo=memo)
-    assert set(memo) == {None}
-    groups = memo[None]
-    assert torch.equal(case.run(memo=memo), first) and memo[None] is groups
+    assert set(memo) == {(None, 0)}
+    groups = memo[None, 0]
+    assert torch.equal(case.run(memo=memo), first) and memo[None, 0] is groups
     case.run(memo=memo, window=5)
-    assert set(memo) == {None, 5}
+    assert set(memo) == {(None, 0), (5, 0)}
