@@ -1,8 +1,9 @@
 """The hook that turns a transformers model into a paged one: attention reads and writes the engine's KV cache.
 
 `make_paged(model, max_model_len)` is all a caller needs: it refuses what cannot work, switches the attention
-implementation, freezes rotary embeddings whose frequencies would depend on the other sequences of a batch, and runs
-one warm-up forward that must call the attention function exactly once per layer. A model that ignores the interface
+implementation, freezes rotary embeddings whose frequencies would depend on the other sequences of a batch, narrows the
+last layer's MLP to the rows whose logits are wanted, and runs one warm-up forward that must call the attention function
+exactly once per layer. A model that ignores the interface
 (bloom) would otherwise produce garbage in silence.
 
 No mask function is registered under our name, so transformers builds no mask at all; causality, sliding windows, soft
