@@ -18,7 +18,10 @@ FLAGS = (
 )
 
 
-SWITCHES = (("--enforce-eager", "run every step through Python: no recorded decode steps"),)
+SWITCHES = (
+    ("--enforce-eager", "run every step through Python: no recorded decode steps"),
+    ("--int8-copy", "CPU: keep an int8 copy of quantized weights for prefill and batches, a byte a weight more"),
+)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

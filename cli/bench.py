@@ -55,6 +55,9 @@ def add_parser(subparsers: Any) -> None:
         metavar="TYPE",
         help="SHAPE as one GGUF file for all: Q4_0, Q4_K_M or Q8_0 (default: ours is GPTQ, llama.cpp's by --bits)",
     )
+    parser.add_argument(
+        "--int8-copy", action="store_true", help="decode: ours keeps an int8 copy, as `serve --int8-copy`"
+    )
     _threads.add_flag(parser)
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="undisturbed samples a figure (default: 3)")
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="then stop sampling (default: 10)")
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
         if _is_gguf(Path(args.path)):
             peers = _peers_of_file(path, peers, args.against is not None)
         gguf = path if _is_gguf(path) else Path(scratch) / f"{_gguf_type(args)}.gguf"
-        workers = _workers(args.path, path, gguf, peers, threads)
+        workers = _workers(args, path, gguf, peers, threads)
         start = time.perf_counter()
         try:
             table = measure(workers, args.samples, args.minutes, CASES, died=_report_death)
@@ -143,7 +146,7 @@ def _peers(text: str | None) -> list[str]:
     return names
 
 
-def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) -> dict[str, Any]:
+def _workers(args: argparse.Namespace, path: Path, gguf: Path, peers: list[str], threads: int) -> dict[str, Any]:
     """An engine process per configuration; one that dies while it loads is said and left out."""
     from ..eval.engines import BitsmithEngine, LlamaCppEngine, TransformersEngine
     from ..eval.random_models import shape_of, write_gguf
@@ -151,12 +154,14 @@ def _workers(name: str, path: Path, gguf: Path, peers: list[str], threads: int) 
 
     sequences = max(case.sequences for case in CASES)
     context = max(case.sequences * (case.prompt + case.steps + 2) for case in CASES)
-    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {_OURS: (BitsmithEngine, (path, sequences, context))}
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        _OURS: (BitsmithEngine, (path, sequences, context, args.int8_copy))
+    }
     if "transformers" in peers:
-        wanted["transformers"] = (TransformersEngine, (shape_of(name),))
+        wanted["transformers"] = (TransformersEngine, (shape_of(args.path),))
     if "llama.cpp" in peers:
         if not gguf.exists():
-            write_gguf(shape_of(name), gguf, gguf.stem)
+            write_gguf(shape_of(args.path), gguf, gguf.stem)
         for engine, repack in zip(_PEERS["llama.cpp"], (True, False), strict=True):
             wanted[engine] = (LlamaCppEngine, (gguf, threads, sequences, context, repack))
     found: dict[str, Any] = {}
@@ -189,7 +194,8 @@ def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seco
     from ..eval.subject import subject
 
     who, place = subject(str(path)), here()
-    specs = {_OURS: who.spec, "transformers": "bf16"}
+    ours = who.spec + "+int8" * args.int8_copy
+    specs = {_OURS: ours, "transformers": "bf16"}
     found = [
         Result(
             **place,
@@ -197,7 +203,7 @@ def _record(args: argparse.Namespace, path: Path, table: Any, threads: int, seco
             spec=specs.get(engine, who.spec if _is_gguf(path) else _gguf_type(args)),
             kv="none" if engine == _OURS else "",
             # Ours is named, so that a peer measured beside two of our forms is compared with the right one.
-            task=f"bench/decode/{engine}/{threads} threads/{who.spec}",
+            task=f"bench/decode/{engine}/{threads} threads/{ours}",
             metric=case,
             value=cell.value,
             stderr=cell.stderr,

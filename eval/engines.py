@@ -27,12 +27,15 @@ _BATCH = 512
 
 
 class BitsmithEngine:
-    """Our engine on a checkpoint, in bf16, with room for `sequences` sequences of `context` tokens in all."""
+    """Our engine on a checkpoint, in bf16, with room for `sequences` sequences of `context` tokens in all; int8_copy: as
+    load_model's."""
 
-    def __init__(self, path: Path, sequences: int, context: int) -> None:
+    def __init__(self, path: Path, sequences: int, context: int, int8_copy: bool) -> None:
         block = 16
         blocks = context // block + 3 * sequences
-        llm = LLM(path, dtype="bfloat16", max_num_seqs=sequences, num_blocks=blocks, block_size=block)
+        llm = LLM(
+            path, dtype="bfloat16", max_num_seqs=sequences, num_blocks=blocks, block_size=block, int8_copy=int8_copy
+        )
         self._engine = llm.engine
         self._count = itertools.count()
         self._live: list[str] = []

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from . import activation, cpu
+from . import activation, cpu, int8_copy
 from .paths import forced
 from .qtensor import QTensor, core, core_shape, with_steps
 from .spec import ACTS, Spec
@@ -147,21 +147,23 @@ class RoundedInput:
         return self.inner.qtensor()
 
 
-def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "") -> Matmul:
+def prepare(q: QTensor, dtype: torch.dtype, *, exact: bool = False, act: str = "", copy: bool = False) -> Matmul:
     """The product of `q` for inputs of `dtype`. The caller drops `q`.
 
     exact: dequantized values exactly, whatever it costs, and activations as they are. act: what the spec asks for (""),
-    or instead "a8" (activations in 8 bits, activation.py), or "a4", which only weights that `takes_a4` follow. Raises
-    UserError for what `check_act` refuses, an unknown BITSMITH_KERNELS, or one that this tensor's device rules out.
+    or instead "a8" (activations in 8 bits, activation.py), or "a4", which only weights that `takes_a4` follow. copy: a
+    copy in int8 beside the weight (int8_copy.py, whose `check` says whether it has a use). Raises UserError for what
+    `check_act` refuses, an unknown BITSMITH_KERNELS, or one that this tensor's device rules out.
     """
     check_act(act, exact)
     spec = replace(q.spec, act="" if exact else _asked(q.spec, act))
     path = "reference" if exact else _path(q, dtype)
     inner = core(q)
+    product: Matmul
     if path == "cpu" and spec.act and (found := cpu.int8_linear(inner)):
         return _shaped(found, q)
     if path == "cpu":
-        product: Matmul = _shaped(cpu.prepare(inner), q)
+        product = _shaped(int8_copy.beside(cpu.prepare(inner), inner) if copy else cpu.prepare(inner), q)
     elif path == "triton" and spec.act and (native := _native(q, spec, dtype)):
         return native
     elif path == "triton":

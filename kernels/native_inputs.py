@@ -11,10 +11,11 @@ from ..errors import UserError
 def rounded_activations(x: Tensor, group: int) -> Tensor:
     """The torch twin of what int8 products do to x [M, K]: float32, each chunk of a row rounded to 255 steps.
 
-    A chunk is the largest of 128, 64 and 32 inputs that divides the weight's group, 128 where a whole row is one.
+    A chunk is the largest of 128, 64 and 32 inputs that divides the weight's group, 256 where a whole row is one.
     """
-    whole = group >= x.shape[1] or group % 128 == 0
-    return rounded_chunks(x, 128 if whole else 64 if group % 64 == 0 else 32)
+    if group >= x.shape[1]:
+        return rounded_chunks(x, 256)
+    return rounded_chunks(x, 128 if group % 128 == 0 else 64 if group % 64 == 0 else 32)
 
 
 def rounded_chunks(x: Tensor, chunk: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .cpu import LookUp
 from .dispatch import Matmul, Reference, Shaped
+from .int8_copy import WithCopy
 from .native import ROWS, NativeLinear
 from .native_grids import GridLinear
 from .native_two_level import TwoLevelLinear
@@ -24,6 +25,7 @@ Source = _Held | NativeLinear | TwoLevelLinear
 def source(matmul: Matmul) -> Source | None:
     """What `look_up` reads rows from, or None where this product gives none."""
     held = matmul.core if isinstance(matmul, Shaped) and not matmul.stepped else matmul
+    held = held.core if isinstance(held, WithCopy) else held
     return held if _gives_rows(held) else None
 
 

@@ -125,7 +125,7 @@ class _Member:
         return self.shared.matmul.qtensor().rows(start, start + self.shared.sizes[self.index])
 
 
-def fuse_siblings(parent: nn.Module, dtype: torch.dtype, act: str = "") -> int:
+def fuse_siblings(parent: nn.Module, dtype: torch.dtype, act: str = "", copy: bool = False) -> int:
     """Give every set of siblings in `parent` that hold their QTensors one shared product; returns how many sets there
     were.
 
@@ -140,14 +140,14 @@ def fuse_siblings(parent: nn.Module, dtype: torch.dtype, act: str = "") -> int:
         tensors = [m.qtensor() for m in linears]
         if not can_concat(tensors):
             continue
-        shared = _Shared(prepare(concat(tensors), dtype, act=act), [m.out_features for m in linears])
+        shared = _Shared(prepare(concat(tensors), dtype, act=act, copy=copy), [m.out_features for m in linears])
         for index, linear in enumerate(linears):
             linear.matmul = _Member(shared, index)
         count += 1
     return count
 
 
-def prepare_linears(model: nn.Module, dtype: torch.dtype, act: str = "") -> None:
+def prepare_linears(model: nn.Module, dtype: torch.dtype, act: str = "", copy: bool = False) -> None:
     """Give every QuantLinear that holds its QTensor the product of this machine, siblings one together; one is held
     twice at a time.
 
@@ -156,9 +156,9 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, act: str = "") -> None
     stacked = forced() != "reference"
     for module in model.modules():
         if stacked:
-            fuse_siblings(module, dtype, act)
+            fuse_siblings(module, dtype, act, copy)
         if isinstance(module, QuantLinear) and isinstance(module.matmul, Reference):
-            module.matmul = prepare(module.qtensor(), dtype, act=act)
+            module.matmul = prepare(module.qtensor(), dtype, act=act, copy=copy)
 
 
 def is_experts(module: nn.Module) -> bool:

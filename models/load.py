@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
 from ..kernels.dispatch import Reference, check_act, prepare
+from ..kernels.int8_copy import check as check_copy
 from ..kernels.paths import forced
 from ..kernels.qtensor import QTensor, concat
 from .checkpoint import AnyCheckpoint, open_checkpoint, read_ahead, resolve
@@ -63,6 +64,7 @@ def load_model(
     *,
     exact: bool = False,
     act: str = "",
+    int8_copy: bool = False,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """A transformers model in eval mode whose quantized weights stay quantized; `model(input_ids).logits` works.
@@ -71,10 +73,12 @@ def load_model(
     producing library's up to float rounding) and the checkpoint's own on a GPU. `exact=True` forces the reference
     path: every weight is dequantized in float32 and rounded once to `dtype`, and activations are never rounded, not
     even where the checkpoint says so. `act="a8"` asks for 8-bit activations where a weight has one scale a row, "a4"
-    for FP4 ones where it is NVFP4 (kernels/activation.py).
+    for FP4 ones where it is NVFP4 (kernels/activation.py). `int8_copy=True` keeps an int8 copy of each quantized weight
+    for products of many rows (bfloat16 on a CPU with AVX-512; kernels/int8_copy.py): faster prefill and batches for a
+    byte a weight.
 
-    Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete, and for `act`
-    beside `exact=True`.
+    Raises UserError for a checkpoint that is missing, damaged, of an unknown format, or incomplete, for `act` beside
+    `exact=True`, and for an int8 copy that nothing would use.
     """
     check_act(act, exact)
     path = resolve(path)
@@ -85,8 +89,10 @@ def load_model(
     read_ahead(file for file in ckpt.files if file not in begun)
     device = torch.device(device)
     wanted = pick_dtype(ckpt, device, dtype)
+    if int8_copy:
+        check_copy(device, wanted, exact)
     model = build(ckpt, wanted, attn_implementation)
-    loader = _Loader(model, ckpt, device, wanted, exact, act)
+    loader = _Loader(model, ckpt, device, wanted, exact, act, int8_copy)
     loader.fill()
     if model.config.get_text_config().tie_word_embeddings:
         share_tied(model)
@@ -205,8 +211,10 @@ class _Loader:
         dtype: torch.dtype,
         exact: bool,
         act: str,
+        copy: bool,
     ) -> None:
-        self.model, self.ckpt, self.device, self.dtype, self.exact, self.act = model, ckpt, device, dtype, exact, act
+        self.model, self.ckpt, self.device, self.dtype = model, ckpt, device, dtype
+        self.exact, self.act, self.copy = exact, act, copy
         # Whether weights may stay in the blocks of the file until they are packed.
         self.in_place = device.type == "cpu" and dtype is torch.bfloat16 and not exact
 
@@ -220,7 +228,7 @@ class _Loader:
             refused = [p for p in group if not self._place(p)]
             unexpected += [source for placement in refused for source in placement.sources]
             if quantized and not self.exact and not refused:
-                prepare_linears(self.model.get_submodule(layer), self.dtype, self.act)
+                prepare_linears(self.model.get_submodule(layer), self.dtype, self.act, self.copy)
         self._refuse_unexpected(unexpected)
         tie(self.model)
         if any("quantized_experts" in m.__dict__ for m in self.model.modules()):
@@ -278,7 +286,7 @@ class _Loader:
         for sources in stack:
             shape = (parameter.shape[1] // len(sources), parameter.shape[2])
             joined = concat([self._qtensor(s, shape) for s in sources])
-            matmuls.append(prepare(joined, self.dtype, exact=self.exact, act=self.act))
+            matmuls.append(prepare(joined, self.dtype, exact=self.exact, act=self.act, copy=self.copy))
         set_expert_weight(module, leaf, matmuls)
 
     def _refuse_unexpected(self, names: list[str]) -> None:

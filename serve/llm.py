@@ -27,7 +27,8 @@ class LLM:
 
     `model` is a checkpoint directory (any format bitsmith loads) or a transformers model, which is taken over: give
     its tokenizer then. `device` None takes a GPU if there is one. `dtype` None takes bfloat16 for a quantized
-    checkpoint on the CPU and what load_model takes otherwise. Further keywords are the fields of EngineConfig.
+    checkpoint on the CPU and what load_model takes otherwise. `int8_copy`: as load_model's. Further keywords are the
+    fields of EngineConfig.
     UserError for an unknown keyword, an unusable checkpoint, or a model that cannot be served.
     """
 
@@ -38,18 +39,24 @@ class LLM:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        int8_copy: bool = False,
         **options: Any,
     ) -> None:
         accepted = [each.name for each in fields(EngineConfig)]
         if unknown := sorted(set(options) - set(accepted)):
-            raise UserError(f"LLM has no option {', '.join(unknown)}; it accepts device, dtype, {', '.join(accepted)}")
+            raise UserError(
+                f"LLM has no option {', '.join(unknown)}; it accepts device, dtype, int8_copy, {', '.join(accepted)}"
+            )
         if isinstance(model, str | Path):
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            loaded = load_model(model, device, dtype or serving_dtype(model, device))
+            loaded = load_model(model, device, dtype or serving_dtype(model, device), int8_copy=int8_copy)
             tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
         else:
-            if device is not None or dtype is not None:
-                raise UserError("device and dtype are for checkpoints; a built model keeps its own: call model.to(...)")
+            if device is not None or dtype is not None or int8_copy:
+                raise UserError(
+                    "device, dtype and int8_copy are for checkpoints; a built model keeps its own: call model.to(...), "
+                    "or load_model(..., int8_copy=True)"
+                )
             if tokenizer is None:
                 raise UserError("a built model needs its tokenizer: LLM(model, tokenizer)")
             loaded = model

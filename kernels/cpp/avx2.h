@@ -249,7 +249,7 @@ BITSMITH_256 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int
   float* total = totals.data();
   const uint8_t* p = w.block(nb, 0);
   Groups group{w.group};
-  alignas(32) uint8_t codes[4 * 512];
+  alignas(32) uint8_t codes[LONGEST * 512];
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t blocks = std::min((c + 1) * per, k_blocks) - c * per;
     const Scales by = scales16(w, nb, group.next(x.chunk), groups);

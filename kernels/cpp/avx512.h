@@ -1,4 +1,4 @@
-// AVX-512: VNNI for int8 activations, BF16 for bfloat16 ones. Few rows go from row to row, many from records; many of bfloat16 are in pairs512.h.
+// AVX-512: VNNI for int8 activations, BF16 for bfloat16 ones. Few rows; many are in tiles512.h (int8) and pairs512.h (bfloat16).
 #pragma once
 #include "avx2.h"
 
@@ -240,106 +240,6 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
     }
   }
   for (int m = 0; m < MR; ++m) store16(y, (m0 + m) * w.n + nb * ROWS, dtype, total[m], w.n - nb * ROWS);
-}
-
-// Scales and zero points of the chunks of STEP inputs. `whole`: every zero point is the integer `zero`, where sums begin.
-constexpr int64_t STEP = 128;
-struct Levels {
-  __m512 scale[STEP / BLOCK], zero[STEP / BLOCK];
-  bool whole;
-};
-
-// STEP inputs of TILE rows, `place`d: codes of four inputs, then of each chunk the starts (`low`), scales and sums. Records of the tiles follow each
-// other, then those of the next STEP inputs: the order they are read in.
-constexpr int64_t record_bytes(int64_t chunk) { return (STEP + STEP / chunk * 12) * TILE; }
-
-// Whether activations are recorded: where there are many, or chunks are short. A tile's missing rows are multiplied too, whatever they hold.
-inline bool recorded(const Input& x) { return x.m > TILE || (x.m > 4 && x.chunk == BLOCK); }
-
-inline void record(const Input& x, int64_t tile, int64_t step, uint8_t* to) {
-  const int64_t from = step * STEP, first = from / x.chunk, chunks = std::min(STEP / x.chunk, x.chunks - first), next = STEP / x.chunk * TILE * 4;
-  avx2::place_codes(x.q.data() + tile * TILE * x.stride + from, x.stride, std::min(STEP, x.inputs - from) / 4, to);
-  for (int64_t row = tile * TILE; row < std::min(x.m, (tile + 1) * TILE); ++row, to += 4) {
-    uint8_t* of_chunks = to + STEP * TILE;
-    const int64_t at = row * x.chunks + first;
-    place(x.low.data() + at, chunks, of_chunks);
-    place(x.scale.data() + at, chunks, of_chunks + next);
-    place(x.sum.data() + at, chunks, of_chunks + 2 * next);
-  }
-}
-
-// total [MR][16] += `blocks` times 32 inputs of MR rows of a record, PER blocks a chunk; starts: they are the first. codes: as stored. Unpacking them for every tile anew is done beside the dot
-// products, where loads of bytes unpacked before are not (5632 x 2048, 4 bits, one core: 9 rows 0.91 -> 0.74 ms, 32 2.03 -> 1.92, 512 the same).
-template <int BITS, int MR, int PER>
-BITSMITH_512_INLINE void tile(const uint8_t* record, const uint8_t* codes, const Levels& by, int64_t blocks, bool starts, float* total) {
-  constexpr int64_t next = STEP / BLOCK / PER * TILE * 4;
-  const uint8_t* of_chunk = record + STEP * TILE;
-  __m512 all[MR];
-  for (int m = 0; m < MR; ++m) all[m] = starts ? _mm512_setzero_ps() : _mm512_loadu_ps(total + m * ROWS);
-  for (int64_t first = 0; first < blocks; first += PER, of_chunk += TILE * 4) {
-    __m512i acc[MR];
-    for (int m = 0; m < MR; ++m) acc[m] = by.whole ? spread(of_chunk + 4 * m) : _mm512_setzero_si512();
-    for (int64_t b = first; b < (PER == 1 ? first + 1 : std::min(first + PER, blocks)); ++b) {
-      __m512i v[8];
-      ahead<BITS, MR>(codes + b * 64 * BITS);
-      unpack<BITS>(codes + b * 64 * BITS, v);
-#pragma GCC unroll 8
-      for (int j = 0; j < 8; ++j)
-#pragma GCC unroll 8
-        for (int m = 0; m < MR; ++m) acc[m] = add_dot(acc[m], v[j], record + ((8 * b + j) * TILE + m) * 4);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) {
-      __m512 dot = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m]), _mm512_castsi512_ps(spread(of_chunk + next + 4 * m)));
-      if (!by.whole) dot = _mm512_fnmadd_ps(by.zero[first / PER], _mm512_castsi512_ps(spread(of_chunk + 2 * next + 4 * m)), dot);
-      all[m] = _mm512_fmadd_ps(dot, by.scale[first / PER], all[m]);
-    }
-  }
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(total + m * ROWS, all[m]);
-}
-
-// 16 outputs, all rows of int8 activations.
-template <int BITS, int PER>
-BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
-  float* const totals = scratch((x.m + TILE) * ROWS);
-  const int64_t size = record_bytes(x.chunk), k_blocks = w.k_blocks(), groups = w.groups();
-  const uint8_t* record = x.records.data();
-  Groups group{w.group};
-  Levels by;
-  by.whole = w.whole_zero();
-  for (int64_t kb = 0; kb < k_blocks; kb += STEP / BLOCK) {
-    const int64_t blocks = std::min(STEP / BLOCK, k_blocks - kb);
-    const uint8_t* codes = w.block(nb, kb);
-    for (int64_t i = 0; i * PER < blocks; ++i) scales16(w, nb, group.next(x.chunk), groups, by.scale[i], by.zero[i]);
-    float* total = totals;
-    for (int64_t left = x.m; left > 0; left -= TILE, record += size, total += TILE * ROWS) {
-      if (left > 4) tile<BITS, TILE, PER>(record, codes, by, blocks, kb == 0, total);
-      else if (left > 2) tile<BITS, 4, PER>(record, codes, by, blocks, kb == 0, total);
-      else tile<BITS, 2, PER>(record, codes, by, blocks, kb == 0, total);
-    }
-  }
-  for (int64_t m = 0; m < x.m; ++m) store16(y, m * w.n + nb * ROWS, dtype, _mm512_loadu_ps(totals + m * ROWS), w.n - nb * ROWS);
-}
-
-template <int BITS, int KIND>
-BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
-  if constexpr (KIND == INT8)
-    if (recorded(x)) {
-      if (x.chunk == BLOCK) return many<BITS, 1>(w, x, nb, y, dtype);
-      return x.chunk == 2 * BLOCK ? many<BITS, 2>(w, x, nb, y, dtype) : many<BITS, 4>(w, x, nb, y, dtype);
-    }
-  int64_t m = 0;
-  for (; m + 8 <= x.m; m += 8) few<BITS, KIND, 8>(w, x, m, nb, y, dtype);
-  switch (x.m - m) {
-    case 1: return few<BITS, KIND, 1>(w, x, m, nb, y, dtype);
-    case 2: return few<BITS, KIND, 2>(w, x, m, nb, y, dtype);
-    case 3: return few<BITS, KIND, 3>(w, x, m, nb, y, dtype);
-    case 4: return few<BITS, KIND, 4>(w, x, m, nb, y, dtype);
-    case 5: return few<BITS, KIND, 5>(w, x, m, nb, y, dtype);
-    case 6: return few<BITS, KIND, 6>(w, x, m, nb, y, dtype);
-    case 7: return few<BITS, KIND, 7>(w, x, m, nb, y, dtype);
-    default: return;
-  }
 }
 
 BITSMITH_512_INLINE __m512 activations16(const void* x, int64_t at, int32_t dtype, int64_t count) {

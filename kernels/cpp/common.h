@@ -39,6 +39,8 @@ enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, U8 = 3, E8M0 = 4, E4M3_BYTE =
 enum Kind : int32_t { INT8 = 0, BFLOAT = 1 };
 
 constexpr int64_t ROWS = 16, BLOCK = 32;
+// Blocks in a chunk of int8 activations, at most.
+constexpr int64_t LONGEST = 8;
 
 // Mirrored by kernels/native.py; only pointers, int64, float and int32 in this order.
 struct Weight {
@@ -57,10 +59,12 @@ struct Weight {
   int64_t row_blocks() const { return (n + ROWS - 1) / ROWS; }
   int64_t k_blocks() const { return (k + BLOCK - 1) / BLOCK; }
   int64_t groups() const { return (k + group - 1) / group; }
-  // Inputs between two applications of scales. int8 activations get a scale of their own at least every 128.
+  bool one_scale() const { return group >= k; }
+  // Inputs between two applications of scales. int8 activations get a scale of their own at least every 128, every 256 where there is no other.
   int64_t chunk() const {
-    if (kind == BFLOAT && group % 64 == 0 && group < k) return group;
-    return group % 128 == 0 || group >= k ? 128 : group % 64 == 0 ? 64 : 32;
+    if (one_scale()) return kind == INT8 ? LONGEST * BLOCK : 128;
+    if (kind == BFLOAT && group % 64 == 0) return group;
+    return group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
   }
   // Whether `zero` is the zero point of all, and an integer that fits a sum of products.
   bool whole_zero() const { return !zeros && zero == std::floor(zero) && std::fabs(zero) <= 255; }

@@ -36,7 +36,7 @@ void rows_by(Unpack unpack, Dots dots, const Weight& w, const Input& x, int64_t 
   totals.assign(static_cast<size_t>(x.m * ROWS), 0.0f);
   for (int64_t c = 0; c < x.chunks; ++c) {
     const int64_t first = c * per, stop = std::min(first + per, k_blocks);
-    alignas(64) uint8_t codes[4 * 512];
+    alignas(64) uint8_t codes[LONGEST * 512];
     for (int64_t kb = first; kb < stop; ++kb) unpack(w.block(nb, kb), w.bits, codes + (kb - first) * 512);
     float scale[ROWS], zero[ROWS];
     scales_of(w, nb, c * x.chunk / w.group, scale, zero);

@@ -23,6 +23,7 @@
 #include "pack.h"
 #include "pool.h"
 #include "rotate.h"
+#include "tiles512.h"
 #include "trellis512.h"
 #include "two_level.h"
 #include "two_level256.h"
@@ -109,7 +110,6 @@ void shape(const Weight& w, int32_t kind, int64_t m, Input& x) {
   x.inputs = round_up(round_up(w.k, 64), x.chunk <= 128 ? x.chunk : 64);
   // A cache line more, or the 16 rows of a tile would share a few sets of the first-level cache (pages of 4 KB).
   x.stride = x.inputs + 64;
-  if (x.chunk > x.inputs) x.chunk = x.inputs;
   x.chunks = (round_up(w.k, BLOCK) + x.chunk - 1) / x.chunk;
   // Tiles read 16 rows, whatever their number.
   const size_t size = static_cast<size_t>(round_up(m, 16) * x.stride);
@@ -179,7 +179,7 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
 #if BITSMITH_X86
   if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
-    records(m, (in.inputs + avx512::STEP - 1) / avx512::STEP, avx512::record_bytes(in.chunk), threads, in.records,
+    records(m, (in.inputs + avx512::step_of(in.chunk) - 1) / avx512::step_of(in.chunk), avx512::record_bytes(in.chunk), threads, in.records,
             [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
   if (path == AVX512 && panels)
     records(m, (w.k_blocks() * BLOCK + pairs512::STEP - 1) / pairs512::STEP, pairs512::RECORD_BYTES, threads, in.records,
