@@ -27,7 +27,7 @@ _BATCH = 512
 
 
 class BitsmithEngine:
-    """Our engine on a checkpoint, in bf16, with room for `sequences` sequences of `context` tokens in all; int8_copy: as
+    """Our engine on a checkpoint, in bf16: room for `sequences` sequences of `context` tokens in all; int8_copy: as
     load_model's."""
 
     def __init__(self, path: Path, sequences: int, context: int, int8_copy: bool) -> None:

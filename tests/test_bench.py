@@ -165,7 +165,7 @@ def test_random_checkpoint_loads_and_its_layers_are_the_same(checkpoint: Path) -
 
 
 def engines(checkpoint: Path) -> Iterator[Any]:
-    yield BitsmithEngine(checkpoint, 8, 600)
+    yield BitsmithEngine(checkpoint, 8, 600, int8_copy=False)
     yield TransformersEngine(TINY)
 
 

@@ -215,7 +215,7 @@ BITSMITH_512 void few(const Weight& w, const Input& x, int64_t m0, int64_t nb, v
         for (int l = 0; l < LANES; ++l) acc[m][l] = _mm512_setzero_ps();
       for (int64_t kb = c * per; kb < stop; ++kb, p += 64 * BITS) {
         __m512i v[8];
-        if constexpr (BITS < 8) ahead<BITS, 2>(p);
+        ahead<BITS, 2>(p);
         unpack<BITS>(p, v);
         for (int j = 0; j < 8; ++j) {
           __m512i pair[2];

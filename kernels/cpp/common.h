@@ -104,15 +104,14 @@ inline void place(const void* words, int64_t count, uint8_t* to) {
   for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * TILE * 4, static_cast<const uint8_t*>(words) + 4 * i, 4);
 }
 
-// Asks for the codes further on, as a product of MR rows needs it (two cores of Zen 4). Where rows come between the blocks the hardware falls behind
-// (5632 x 2048, 8 rows: Q4_K 0.42 -> 0.30 ms, Q8_0 0.69 -> 0.48). One row keeps up with it, and asking gets in its way (all products of a step of
-// 1.1 B, times what only reading them takes: Q4_K_M 1.12 so and 1.01 without, 4-bit GPTQ 1.31 and 1.02), but for codes of 2 and 6 bits (Q2_K 107 ->
-// 95 us, Q6_K 305 -> 258) and for bytes, as far ahead as the second-level cache is for (a step's products in Q8_0 38.7 -> 27.2 ms).
+// Asks for the codes further on, as a product of MR rows needs it: far ahead, into the second-level cache (2 KB ahead into the first, as it was, 8 rows
+// of 5632 x 2048 took on two cores of Zen 4: Q8_0 0.46 ms, now 0.31, 4-bit g128 0.31 and 0.28, FP8 0.98 and 0.56; 2 rows of Q4_K 0.16 and 0.12). One
+// row keeps up with the hardware by itself but for codes of 2, 6 and 8 bits; asking gets in the way of others (all products of a step of 1.1 B in 4-bit
+// GPTQ, times what only reading them takes: 1.31 so and 1.02 without).
 template <int BITS, int MR>
 inline __attribute__((always_inline)) void ahead(const uint8_t* p) {
-  constexpr bool ROW = MR == 1 && BITS == 8;
   if constexpr (MR == 1 && BITS != 2 && BITS != 6 && BITS != 8) return;
-  for (int j = 0; j < BITS; ++j) __builtin_prefetch(p + (ROW ? 8192 : 2048) + 64 * j, 0, ROW ? 2 : 3);
+  for (int j = 0; j < BITS; ++j) __builtin_prefetch(p + 8192 + 64 * j, 0, 2);
 }
 
 // This thread's room for `count` sums, whatever it holds.

@@ -126,7 +126,7 @@ BITSMITH_512 void table_rows(const Weight& w, const Input& x, int64_t nb, int64_
       if (k % per == 0) avx512::scales16(w, block, (k0 + k) / w.group, w.groups(), panel.scale[k / per], zero);
       const uint8_t* codes = w.block(block, (k0 + k) / BLOCK);
       __m512i v[8];
-      if constexpr (BITS < 8) ahead<BITS, 2>(codes);
+      ahead<BITS, 2>(codes);
       avx512::unpack<BITS>(codes, v);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
