@@ -6,7 +6,8 @@ otherwise (`library()` is None; kernels/cpu.py then uses what torch has). It was
 operators by measurement (results/LOG.md).
 
     affine                 activations rounded to int8, with a step of their own for at most 128 inputs of a row
-                           (llama.cpp: 32); integer dot products are exact
+                           (llama.cpp: 32), 256 where the weights of an output have one scale; integer dot products
+                           are exact
     minifloat, codebook    activations in bfloat16, values rounded to bfloat16 (FP8 and FP4 are exact), float32 sums;
                            NVFP4 and MXFP4 see native_two_level.py
 
@@ -14,8 +15,8 @@ From some dozens of rows on AMX decodes weights once and scales them in bfloat16
 all. Where they stay so anyway AVX-512 decodes once from nine rows on, and scales meet the sums (fractional zero points
 the values, which are rounded once more then; cpp/pairs512.h).
 `BITSMITH_ACT=bf16` keeps them there for affine weights at any number of rows. What int8 activations cost in KL
-divergence is in results/LOG.md. The packed copy is the only one; `qtensor()` gives back the tensor it was made from,
-bit for bit.
+divergence is in results/LOG.md. The packed copy is the only one (but where int8_copy.py was asked for another);
+`qtensor()` gives back the tensor it was made from, bit for bit.
 """
 
 import ctypes

@@ -178,7 +178,7 @@ void product(const Weight& w, const void* x, int32_t x_dtype, int64_t m, void* y
   // Waking a thread costs what 16 thousand inputs do.
   pool().run(m, m * w.k < (1 << 15) ? 1 : threads, one);
 #if BITSMITH_X86
-  if (path == AVX512 && w.kind == INT8 && avx512::recorded(w, in))
+  if (path == AVX512 && w.kind == INT8 && avx512::recorded(in))
     records(m, (in.inputs + avx512::step_of(in.chunk) - 1) / avx512::step_of(in.chunk), avx512::record_bytes(in.chunk), threads, in.records,
             [&](int64_t tile, int64_t step, uint8_t* to) { avx512::record(in, tile, step, to); });
   if (path == AVX512 && panels)

@@ -19,7 +19,7 @@ struct Levels {
 constexpr int64_t record_bytes(int64_t chunk) { return (step_of(chunk) + step_of(chunk) / chunk * 12) * TILE; }
 
 // Whether activations are recorded: where there are many, or chunks are short. A tile's missing rows are multiplied too, whatever they hold.
-inline bool recorded(const Weight& w, const Input& x) { return x.m > TILE || (x.m > 4 && x.chunk == BLOCK) || (x.m > 2 && w.bits == 8 && w.one_scale()); }
+inline bool recorded(const Input& x) { return x.m > TILE || (x.m > 4 && x.chunk == BLOCK); }
 
 inline void record(const Input& x, int64_t tile, int64_t step, uint8_t* to) {
   const int64_t inputs = step_of(x.chunk), from = step * inputs, first = from / x.chunk;
@@ -117,7 +117,7 @@ BITSMITH_512 void many(const Weight& w, const Input& x, int64_t nb, void* y, int
 template <int BITS, int KIND>
 BITSMITH_512 void rows(const Weight& w, const Input& x, int64_t nb, void* y, int32_t dtype) {
   if constexpr (KIND == INT8)
-    if (recorded(w, x)) {
+    if (recorded(x)) {
       if (w.one_scale()) return many<BITS, ONE>(w, x, nb, y, dtype);
       if (x.chunk == BLOCK) return many<BITS, 1>(w, x, nb, y, dtype);
       return x.chunk == 2 * BLOCK ? many<BITS, 2>(w, x, nb, y, dtype) : many<BITS, 4>(w, x, nb, y, dtype);
