@@ -133,7 +133,7 @@ def test_generate_refuses_bad_requests_before_running(make_llm: MakeLLM) -> None
 
 def test_llm_refuses_unknown_options(tiny_model: Callable[..., Any], byte_tokenizer: Any) -> None:
     with pytest.raises(
-        UserError, match=r"LLM has no option max_len, seed; it accepts device, dtype, kv_cache_dtype, max"
+        UserError, match=r"LLM has no option max_len, seed; it accepts device, dtype, int8_copy, kv_cache_dtype, max"
     ):
         LLM(tiny_model("Llama"), byte_tokenizer, max_len=3, seed=1)
     with pytest.raises(UserError, match="a built model needs its tokenizer"):
