@@ -138,7 +138,7 @@ def test_llm_refuses_unknown_options(tiny_model: Callable[..., Any], byte_tokeni
         LLM(tiny_model("Llama"), byte_tokenizer, max_len=3, seed=1)
     with pytest.raises(UserError, match="a built model needs its tokenizer"):
         LLM(tiny_model("Llama"))
-    with pytest.raises(UserError, match="device and dtype are for checkpoints"):
+    with pytest.raises(UserError, match="device, dtype and int8_copy are for checkpoints"):
         LLM(tiny_model("Llama"), byte_tokenizer, dtype="float32")
     with pytest.raises(UserError, match="kv_cache_dtype 'fp3' is unknown"):
         LLM(tiny_model("Llama"), byte_tokenizer, kv_cache_dtype="fp3")
