@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
     if args.path is None:
         raise UserError("bench decode needs a model directory or a shape: bitsmith bench decode 1.1b")
     peers = _peers(args.against)
+    if args.int8_copy:
+        _check_copy()
     quiet_libraries()
     from ..eval.speed import CASES, measure, rows
 
@@ -113,6 +115,15 @@ def run(args: argparse.Namespace) -> None:
         print_json({"model": args.path, "threads": threads, "rows": found})
     else:
         _print(found)
+
+
+def _check_copy() -> None:
+    """UserError where load_model would refuse: here, for a worker's error is no user's."""
+    import torch
+
+    from ..kernels.int8_copy import check
+
+    check(torch.device("cpu"), torch.bfloat16, exact=False)
 
 
 def _is_gguf(path: Path) -> bool:

@@ -3,6 +3,7 @@ exact path, with and without them.
 
     bitsmith imatrix MODEL -o im.gguf --calib CALIB.txt
     python examples/activation_cost.py MODEL TEXT [--formats gptq gguf:q4_k_m ...] [--acts int8 ...] [--imatrix im.gguf]
+        [--tokens 8192]
 
 Without --formats, MODEL is rounded to 4 bits g128 (`gptq`). `gguf:TYPE` is a file of that type by rounding, with the
 importance matrix if there is one (IQ1 and IQ2 types need it). Windows of 48 tokens keep products on the paths of few

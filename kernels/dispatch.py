@@ -38,7 +38,8 @@ class Matmul(Protocol):
 
     @property
     def name(self) -> str:
-        """Which path this is: reference, triton, native, native-a8, int4pack, lookup, int8; a8+ or a4+one of them."""
+        """Which path this is: reference, triton, native, native-a8, int4pack, lookup, int8; a8+ or a4+one of them, and
+        one of them+int8 with a copy beside the weight (int8_copy.py)."""
         ...
 
     @property

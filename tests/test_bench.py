@@ -222,6 +222,9 @@ def test_bad_commands_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         bench.run(command("decode", "tiny", "--against", "llama.cpp"))
     with pytest.raises(UserError, match=r"--against 'vllm' is not known; accepted: transformers, llama.cpp, or none"):
         bench.run(command("decode", "tiny", "--against", "vllm"))
+    monkeypatch.setenv("BITSMITH_ACT", "bf16")
+    with pytest.raises(UserError, match=r"\(--int8-copy\) has no use here: .*\. Fix: "):
+        bench.run(command("decode", "tiny", "--against", "none", "--int8-copy"))
 
 
 @pytest.mark.interop

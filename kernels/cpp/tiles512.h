@@ -8,7 +8,7 @@ namespace bitsmith::avx512 {
 // Inputs of a record: what follows each other in a tile's sums.
 constexpr int64_t step_of(int64_t chunk) { return std::max<int64_t>(chunk, 128); }
 
-// Scales and zero points of the chunks of a record. `whole`: every zero point is the integer `zero`, where sums begin.
+// Scales and zero points of the chunks of a record, four at most. `whole`: every zero point is the integer `zero`, where sums begin.
 struct Levels {
   __m512 scale[4], zero[4];
   bool whole;
